@@ -1,0 +1,218 @@
+"""Small things that several scripts share: errors, seeds, the device, files, meters and progress."""
+
+import argparse
+import contextlib
+import os
+import resource
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """A mistake the user can mend: its message is one line that names the thing and the way out."""
+
+
+def run_main(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
+    """Parse the command line and call `main(args)`; a UserError becomes one line and exit code 2."""
+    args = parser.parse_args()
+    try:
+        main(args)
+    except UserError as error:
+        sys.exit(fail(f"{parser.prog}: {error}"))
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message: str) -> int:
+    """Print one line to stderr and return the exit code of a user's mistake, 2."""
+    print(message, file=sys.stderr)
+    return 2
+
+
+# ---------------------------------------------------------------------------------------- randomness
+
+
+def derive_seed(seed: int, *items: int | str) -> int:
+    """A 63-bit seed that depends on (seed, items) only, e.g. `derive_seed(31, "crop", epoch, position)`.
+
+    Everything random in this repository draws from such a seed, so that a resumed run does not depend on
+    what happened to run before it. Items are integers >= 0 or names.
+    """
+    entropy = [seed, *(zlib.crc32(item.encode()) if isinstance(item, str) else item for item in items)]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ---------------------------------------------------------------------------------------- device
+
+
+def add_device_argument(parser: argparse._ActionsContainer) -> None:
+    """The one spelling of --device."""
+    parser.add_argument(
+        "--device",
+        default=None,
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:<n> (default: cuda if there is one, else cpu)",
+    )
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device to compute on: `name`, or CUDA if there is one, else the CPU.
+
+    Raises UserError for an unknown name, and for CUDA where there is none.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use cpu, cuda or cuda:<n>") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: not supported here; use cpu, cuda or cuda:<n>")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch sees no CUDA GPU on this machine; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), from cuda:0")
+    return device
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Open a file beside `path`; when the block ends well it is flushed to the disk and renamed to `path`.
+
+    A full disk, a kill or an exception leaves whatever stood at `path` before.
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make the folder (and its parents) and check that files can be written in it; UserError if not."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write into the folder {path}: permission denied")
+    return path
+
+
+# ---------------------------------------------------------------------------------------- meters
+
+
+class AverageMeter:
+    """Running mean of a value weighted by how many items it stands for."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+        self.count = 0
+
+    @property
+    def avg(self) -> float:
+        return self.sum / max(self.count, 1)
+
+    def update(self, value: float, n: int = 1) -> None:
+        self.sum += value * n
+        self.count += n
+
+
+def peak_memory_gib() -> float:
+    """Peak resident memory of this process so far, in GiB."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+# ---------------------------------------------------------------------------------------- log and progress
+
+
+class Log:
+    """Prints lines to the terminal and appends them, with the time of day, to a file."""
+
+    def __init__(self, path: str | Path | None = None, quiet: bool = False) -> None:
+        self.path, self.quiet = path, quiet
+
+    def __call__(self, line: str) -> None:
+        if not self.quiet:
+            print(line, flush=True)
+        self.to_file(line)
+
+    def to_file(self, line: str) -> None:
+        """Append a line to the log file only."""
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+
+class Progress:
+    """How much, how fast, how long still: `features 12800/1281167  1431 img/s  eta 14:46`.
+
+    On a terminal the line is rewritten in place; elsewhere, and in the log's file, a plain line comes every
+    `every` seconds and at the end. Use `total=None` for work whose length is unknown.
+    """
+
+    def __init__(
+        self, total: int, label: str, unit: str = "img", log: Log | None = None, every: float = 30.0
+    ) -> None:
+        self.total, self.label, self.unit, self.every = total, label, unit, every
+        self.log = log or Log(quiet=True)
+        self.terminal = sys.stdout.isatty() and not self.log.quiet
+        self.done = 0
+        self.start = self.last_line = time.monotonic()
+        self.last_draw = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def line(self, note: str = "") -> str:
+        rate = self.done / max(self.seconds, 1e-9)
+        eta = clock((self.total - self.done) / rate) if rate > 0 else "?"
+        speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.2f}"
+        return f"{self.label} {self.done}/{self.total}  {speed} {self.unit}/s  eta {eta}  {note}".rstrip()
+
+    def update(self, n: int = 1, note: str = "") -> None:
+        """Count n more; draw or write when it is time to."""
+        self.done += n
+        now = time.monotonic()
+        if self.terminal and now - self.last_draw > 0.2:
+            self.last_draw = now
+            print(f"\r\033[K{self.line(note)}", end="", flush=True)
+        if now - self.last_line > self.every:
+            self.last_line = now
+            self.log.to_file(self.line(note)) if self.terminal else self.log(self.line(note))
+
+    def close(self, note: str = "") -> None:
+        """Replace the bar by one last line: how many, how long, how fast."""
+        if self.terminal:
+            print("\r\033[K", end="")
+        rate = self.done / max(self.seconds, 1e-9)
+        line = f"{self.label} {self.done}/{self.total} in {clock(self.seconds)}, {rate:.0f} {self.unit}/s"
+        self.log(f"{line}  {note}".rstrip())
