@@ -1,0 +1,27 @@
+"""VGG-16, configuration D, with batch normalisation."""
+
+from torch import nn
+
+from models.trunk import FEATURE_DIM, DeepClusterNet, Pool, conv_block
+
+MAP_SIZE = 7  # 512 x 7 x 7 at 224 pixels
+BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+def vgg16(sobel: bool, num_clusters: int | None = None, seed: int | None = None) -> DeepClusterNet:
+    """VGG-16: five blocks of 3x3 convolutions, a 2/2 max pool after each; dropout between the linears."""
+    features: list[nn.Module] = []
+    channels = 2 if sobel else 3
+    for block in BLOCKS:
+        for width in block:
+            features += conv_block(channels, width, kernel=3, padding=1)
+            channels = width
+        features.append(Pool(kernel_size=2, stride=2))
+    classifier = [
+        nn.Linear(channels * MAP_SIZE * MAP_SIZE, FEATURE_DIM),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(FEATURE_DIM, FEATURE_DIM),
+        nn.ReLU(),
+    ]
+    return DeepClusterNet("vgg16", features, classifier, MAP_SIZE, sobel, num_clusters, seed)
