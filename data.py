@@ -1,0 +1,540 @@
+"""From image files to tensors: folders, decoding, crops, the two views of a data set, normalisation.
+
+An image list names the files in a fixed order; image i is the i-th of it everywhere. Items are uint8 and
+carry their index: labels live in the main process as one array, gathered by index, so no worker holds them.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from util import UserError, derive_seed
+
+try:
+    import simplejpeg
+except ImportError:  # without it Pillow decodes everything: the same pixels, a third slower
+    simplejpeg = None
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The paper resizes the shorter side to 256 and crops 224; other sizes keep that proportion.
+RESIZE_RATIO = 256 / 224
+
+# Formats that Pillow opens but that are not pictures made of pixels (EPS runs another program), and stubs.
+NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+
+Image.init()
+# JPEG first: it is what most folders hold, and formats are tried in order.
+FORMATS = tuple(sorted(set(Image.OPEN) - NOT_RASTER, key=lambda name: (name != "JPEG", Image.ID.index(name))))
+EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+
+# Pillow remarks on odd metadata and on images that are large but within its limit. Neither is an error.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+# ---------------------------------------------------------------------------------------- lists of images
+
+
+class PackedPaths(Sequence[str]):
+    """Strings in one bytes object; a list of a million `str` gets copied, page by page, into each worker."""
+
+    def __init__(self, paths: Iterable[str]):
+        encoded = [os.fsencode(path) for path in paths]
+        self._bytes = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        return os.fsdecode(self._bytes[self._ends[i] : self._ends[i + 1]])
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the strings in order."""
+        return hashlib.sha256(self._bytes + self._ends.astype("<i8").tobytes()).hexdigest()
+
+
+class ImageList:
+    """The images of a data set in a fixed order.
+
+    root: folder the paths start from; paths: N relative paths; classes: (N,) int64 ids into class_names, or
+    None where the folder has none. Classes serve logs and evaluations; DeepCluster never trains on them.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        paths: Sequence[str],
+        classes: np.ndarray | None = None,
+        class_names: list[str] | None = None,
+    ):
+        self.root = root
+        self.paths = PackedPaths(paths)
+        self.classes = classes
+        self.class_names = class_names
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, i: int) -> Path:
+        """The full path of image i."""
+        return self.root / self.paths[i]
+
+    def keep(self, mask: np.ndarray) -> "ImageList":
+        """The images where mask (N,) bool is true, in the same order; class ids keep their meaning."""
+        mask = np.asarray(mask, dtype=bool)
+        kept = [self.paths[i] for i in np.flatnonzero(mask)]
+        classes = None if self.classes is None else self.classes[mask]
+        return ImageList(self.root, kept, classes, self.class_names)
+
+    def digest(self) -> str:
+        """Hex digest of the relative paths in order: equal exactly when image i means the same file."""
+        return self.paths.digest()
+
+
+def list_images(source: str | Path) -> ImageList:
+    """List the images of a folder, or those that a text file names (one path a line).
+
+    In a folder: every file with an ending that Pillow reads, sub-folders and linked folders included, hidden
+    ones left out, in the order of torchvision's ImageFolder (class folder, then folder, then file name). In a
+    text file: its order; paths are absolute or relative to its folder; blank lines and lines starting with #
+    are skipped. Classes are the first-level sub-folders if there are two or more and no image lies beside
+    them.
+
+    Raises UserError if the source does not exist, holds no image, or names files that do not exist.
+    """
+    source = Path(source)
+    if source.is_dir():
+        root, paths = source, _scan(source)
+        if not paths:
+            raise UserError(
+                f"no image found in {source}: looked there and in all its sub-folders for files ending in "
+                f".jpg, .png or another of the {len(EXTENSIONS)} endings Pillow reads (hidden files left out)"
+            )
+    elif source.exists():
+        root, paths = _read_path_list(source)
+    else:
+        raise UserError(f"{source} does not exist (expected a folder of images or a text file of paths)")
+    return ImageList(root, paths, *_classes(paths))
+
+
+def _scan(root: Path) -> list[str]:
+    """Relative paths of all images under root, in ImageFolder's order."""
+    found = list(_walk(str(root), "", frozenset()))
+    found.sort(key=lambda entry: (entry[0].split("/", 1)[0], entry[0]))
+    return [f"{folder}/{name}" if folder else name for folder, names in found for name in names]
+
+
+def _walk(root: str, folder: str, above: frozenset) -> Iterator[tuple[str, list[str]]]:
+    """Yield (folder relative to root, sorted image names in it) for every folder that holds images.
+
+    Linked folders are followed; `above` holds the (device, inode) of the folders on the way down, and one
+    that is met again below itself ends the descent.
+    """
+    here = os.path.join(root, folder)
+    try:
+        status = os.stat(here)
+        with os.scandir(here) as entries:
+            entries = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {here}: {error.strerror}") from error
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        return
+    names = sorted(entry.name for entry in entries if _looks_like_image(entry))
+    if names:
+        yield folder, names
+    for entry in entries:
+        if entry.is_dir():
+            below = f"{folder}/{entry.name}" if folder else entry.name
+            yield from _walk(root, below, above | {identity})
+
+
+def _looks_like_image(entry: os.DirEntry) -> bool:
+    """Whether an entry is an image by its ending; a dangling link counts, to be reported as broken."""
+    if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
+        return False
+    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+
+
+def _read_path_list(source: Path) -> tuple[Path, list[str]]:
+    """The common folder of the files that a text file names, and their paths relative to it."""
+    try:
+        text = source.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source} is neither a folder nor a text file of paths that can be read") from error
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if not lines:
+        raise UserError(f"{source} names no image (expected a path a line)")
+    folder = os.path.abspath(source.parent)
+    full = [os.path.normpath(os.path.join(folder, line)) for _, line in lines]
+    missing = [i for i, path in enumerate(full) if not os.path.isfile(path)]
+    if missing:
+        number, line = lines[missing[0]]
+        raise UserError(
+            f"{source} names {len(missing)} file(s) that do not exist, the first is {line} (line {number})"
+        )
+    root = os.path.commonpath([os.path.dirname(path) for path in full])
+    return Path(root), [path[len(root) :].lstrip("/") for path in full]
+
+
+def _classes(paths: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Class ids (N,) int64 and sorted class names from relative paths; (None, None) where there are none."""
+    first = [path.split("/", 1)[0] if "/" in path else "" for path in paths]
+    names = sorted(set(first))
+    if len(names) < 2 or names[0] == "":
+        return None, None
+    ids = {name: i for i, name in enumerate(names)}
+    return np.array([ids[name] for name in first], dtype=np.int64), names
+
+
+# ---------------------------------------------------------------------------------------- decoding
+
+
+class ImageError(UserError):
+    """A file that cannot be decoded: `path: reason`.
+
+    A DataLoader raises a worker's error again as type(error)(text of the whole traceback); from that one
+    argument the message is found again in the last line.
+    """
+
+    def __init__(self, path: str | Path, reason: str | None = None):
+        if reason is None:
+            message = str(path).strip().rsplit("\n", 1)[-1].rpartition("ImageError: ")[2]
+            path, _, reason = message.rpartition(": ")
+        self.path = str(path)
+        self.reason = reason.replace(": ", ", ")  # so that the last ": " is the one after the path
+        super().__init__(f"{self.path}: {self.reason}")
+
+
+def decode(path: str | Path) -> torch.Tensor:
+    """Decode an image file to (3, H, W) uint8 RGB, upright by its EXIF orientation, laid out as (H, W, 3).
+
+    Any mode: alpha is dropped, 16-bit content is brought to 8 bit by >> 8, of an animation the first frame is
+    taken. Raises ImageError for a file that is no image, is truncated, or holds more pixels than Pillow's
+    limit against decompression bombs (2 * Image.MAX_IMAGE_PIXELS).
+    """
+    with _as_image_error(path), open(path, "rb") as file:
+        pixels = _decode_jpeg(file)
+        if pixels is None:
+            pixels = _decode_by_pillow(file)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _as_image_error(path: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong with a file into an ImageError that names it.
+
+    Pillow's decoders meet hostile bytes with nearly any exception (OSError, SyntaxError, struct.error, ...).
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ImageError(path, _reason(path, error)) from error
+
+
+def _reason(path: str | Path, error: Exception) -> str:
+    """Why a file could not be opened or decoded, in a few words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if os.path.getsize(path) == 0:
+        return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image in a format that Pillow reads"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {2 * Image.MAX_IMAGE_PIXELS} pixels, refused as a decompression bomb"
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def _decode_jpeg(file: BinaryIO) -> np.ndarray | None:
+    """(H, W, 3) uint8 by simplejpeg, whose pixels equal Pillow's; None for what Pillow is to decode.
+
+    That is every other format, CMYK (simplejpeg's pixels differ by 1), bombs and irregular files: Pillow
+    alone decides what is refused.
+    """
+    if simplejpeg is None or file.read(3) != b"\xff\xd8\xff":
+        return None
+    file.seek(0)
+    jpeg = file.read()
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
+        too_large = Image.MAX_IMAGE_PIXELS is not None and height * width > 2 * Image.MAX_IMAGE_PIXELS
+        if colours not in ("Gray", "YCbCr") or too_large:
+            return None
+        pixels = simplejpeg.decode_jpeg(jpeg, strict=True)
+    except ValueError:
+        return None
+    if _has_app1(jpeg):  # Pillow reads the orientation, so that both decoders agree
+        pixels = _upright(pixels, _orientation(Image.open(file, formats=["JPEG"])))
+    return pixels
+
+
+def _has_app1(jpeg: bytes) -> bool:
+    """Whether a JPEG carries Exif or XMP (marker APP1, before the pixels); true also if the walk fails."""
+    at = 2
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1] not in (0xDA, 0xE1, 0xFF):
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    return jpeg[at : at + 2] != b"\xff\xda"
+
+
+def _decode_by_pillow(file: BinaryIO) -> np.ndarray:
+    """(H, W, 3) uint8 of any image; the first frame of an animation."""
+    file.seek(0)
+    image = Image.open(file, formats=FORMATS)  # reads the header; refuses bombs
+    pixels = _to_rgb(image)
+    # The tag is read after the pixels: Pillow turns TIFF files itself while loading and then drops the tag.
+    return _upright(pixels, _orientation(image))
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of a Pillow image of any mode.
+
+    Pillow clips numbers above 255 (modes I;16, I, F), which turns 16-bit pictures white. Integers are taken
+    as 16-bit; floats as 0 to 255, or as 0 to 1 where none is larger.
+    """
+    if image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image), posinf=255.0, neginf=0.0)
+        grey = np.clip(grey * 255 if grey.max() <= 1 else grey, 0, 255).astype(np.uint8)
+    elif image.mode.startswith("I"):
+        grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+    else:
+        return np.array(image.convert("RGB"))
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8 (1: upright, also where metadata is missing or damaged)."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:
+        return 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn (H, W, 3) pixels that were stored with this EXIF orientation upright (EXIF 2.32, tag 0x0112)."""
+    if orientation in (5, 7):  # rows and columns swapped
+        pixels = pixels.swapaxes(0, 1)
+    clockwise = {3: 2, 6: 1, 7: 2, 8: 3}.get(orientation, 0)  # quarter turns
+    pixels = np.rot90(pixels, -clockwise)
+    if orientation == 2:
+        pixels = pixels[:, ::-1]
+    elif orientation == 4:
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def check_headers(images: ImageList, workers: int) -> list[tuple[int, str]]:
+    """Open the header of every file: (index, reason) of those that are no image, empty, or bombs, in order.
+
+    Cheap next to decoding, and therefore blind to damage further on. workers: number of threads.
+    """
+
+    def check(start: int) -> list[tuple[int, str]]:
+        broken = []
+        for i in range(start, min(start + 1000, len(images))):
+            path = images.path(i)
+            try:
+                with _as_image_error(path), open(path, "rb") as file:
+                    Image.open(file, formats=FORMATS)
+            except ImageError as error:
+                broken.append((i, error.reason))
+        return broken
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return [found for part in pool.map(check, range(0, len(images), 1000)) for found in part]
+
+
+def broken_reason(images: ImageList, i: int) -> str | None:
+    """Decode image i again and say why it cannot be decoded; None if it can."""
+    try:
+        decode(images.path(i))
+    except ImageError as error:
+        return error.reason
+    return None
+
+
+# ---------------------------------------------------------------------------------------- crops
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _resized_side(size: int) -> int:
+    """The shorter side that goes with a crop of `size` pixels: 256 for 224."""
+    return round(size * RESIZE_RATIO)
+
+
+def central_crop(size: int) -> Transform:
+    """The paper's view for features: resize the shorter side (to 256 for 224), crop the centre."""
+    return partial(_central_crop, size=size)
+
+
+def train_crop(size: int) -> Transform:
+    """The paper's view for training: a random crop of 8 to 100% of the area, resized, flipped or not."""
+    return partial(_random_crop, draw=v2.RandomResizedCrop(size))
+
+
+def voc_train_crop(size: int) -> Transform:
+    """Training view of VOC classification: a random square of 10 to 50% of the area, flipped or not."""
+    return partial(_random_crop, draw=v2.RandomResizedCrop(size, scale=(0.1, 0.5), ratio=(1.0, 1.0)))
+
+
+def probe_train_crop(size: int) -> Transform:
+    """Training view of the linear probe: Resize(256), CenterCrop(256), RandomCrop(224), flip, to scale."""
+    side = _resized_side(size)
+    crops = [v2.CenterCrop(side), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
+    return v2.Compose([partial(_resize, side=side), *crops])
+
+
+def ten_crops(size: int) -> Transform:
+    """Resize(256), then four corners and the centre, and their mirror images: (10, 3, size, size)."""
+    return v2.Compose([partial(_resize, side=_resized_side(size)), v2.TenCrop(size), torch.stack])
+
+
+def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    return functional.center_crop(_resize(image, _resized_side(size)), [size, size])
+
+
+def _random_crop(image: torch.Tensor, draw: v2.RandomResizedCrop) -> torch.Tensor:
+    """RandomResizedCrop and RandomHorizontalFlip, drawing the same numbers.
+
+    The box is copied before it is resized: torch resizes (H, W, 3) without gaps in two thirds of the time.
+    """
+    box = functional.crop(image, **draw.make_params([image]))
+    box = box.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    view = functional.resize(box, draw.size)
+    return view.flip(-1) if torch.rand(1) < 0.5 else view
+
+
+def _resize(image: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize the shorter side of (3, H, W) to `side`; of an image over 16 times as long as wide, its middle.
+
+    Resized whole, a strip of 1 x 60000 pixels would take 12 GB, of which crops use next to nothing.
+    """
+    short, long = sorted(image.shape[1:])
+    if long > 16 * short:
+        keep = 16 * short
+        keep += (long - keep) % 2  # the same parity, so that the middle stays the middle
+        image = functional.center_crop(image, [min(keep, image.shape[1]), min(keep, image.shape[2])])
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return functional.resize(image, [side])
+
+
+# ---------------------------------------------------------------------------------------- views and loader
+
+
+class CentralView(Dataset):
+    """Item i: (uint8 view of image i, i). `transform` defaults to central_crop(size).
+
+    An image that cannot be decoded gives (zeros, -1 - i), so that one pass can list all of them.
+    """
+
+    def __init__(self, images: ImageList, size: int, transform: Transform | None = None):
+        self.images = images
+        self.size = size
+        self.transform = transform or central_crop(size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        try:
+            return self.transform(decode(self.images.path(i))), i
+        except ImageError:
+            blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            return self.transform(blank), -1 - i
+
+
+class TrainView(Dataset):
+    """Item (position, i): (uint8 random view of image i, i). `transform` defaults to train_crop(size).
+
+    The randomness depends on (seed, epoch, position in the epoch) alone, not on workers, order or history.
+    Raises ImageError for an image that cannot be decoded.
+    """
+
+    def __init__(
+        self, images: ImageList, size: int, seed: int, epoch: int, transform: Transform | None = None
+    ):
+        self.images = images
+        self.seed = seed
+        self.epoch = epoch
+        self.transform = transform or train_crop(size)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        position, i = item
+        image = decode(self.images.path(i))
+        # As torch.random.fork_rng and manual_seed, but those would also seed CUDA (and take 10 us longer).
+        before = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(derive_seed(self.seed, "crop", self.epoch, position))
+            return self.transform(image), i
+        finally:
+            torch.set_rng_state(before)
+
+
+def make_loader(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    sampler: Sampler | Iterable | None = None,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches of (views (B, ..., 3, S, S) uint8 in channels_last memory, indexes (B,) int64).
+
+    In the order of the data set, or of the sampler; the last batch may be short. Set pin_memory where the
+    batches go to a GPU.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_init_worker,
+    )
+
+
+def _collate(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack views as they lie in memory, (H, W, 3): no transposition here, nor later in the convolutions."""
+    views, indexes = default_collate([(view.movedim(-3, -1), i) for view, i in items])
+    return views.movedim(-1, -3), indexes
+
+
+def _init_worker(_: int) -> None:
+    """A worker uses one core and leaves Ctrl-C to the main process: no traceback from each of them."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def normalise(batch: torch.Tensor) -> torch.Tensor:
+    """uint8 (..., 3, S, S) -> float32 normalised by ImageNet's mean and std, same device and memory layout.
+
+    (x / 255 - mean) / std as one multiply-add, x * scale + bias.
+    """
+    mean = torch.tensor(IMAGENET_MEAN, dtype=torch.float64).view(3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, dtype=torch.float64).view(3, 1, 1)
+    scale = (1 / (255 * std)).to(batch.device, torch.float32)
+    bias = (-mean / std).to(batch.device, torch.float32)
+    return batch.to(torch.float32, copy=True).mul_(scale).add_(bias)
