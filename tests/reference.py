@@ -1,0 +1,107 @@
+"""Slow, obviously right versions of what clustering.py and sampling.py do quickly; float64 throughout."""
+
+import numpy as np
+import scipy.sparse
+
+
+def pca_whiten_normalise(features: np.ndarray, dim: int) -> np.ndarray:
+    """Rows of `features` (N, D) in `dim` whitened principal directions, divided by their norm; (N, dim)."""
+    x = features.astype(np.float64)
+    x -= x.mean(axis=0)
+    variances, directions = np.linalg.eigh(x.T @ x / len(x))
+    whitened = x @ directions[:, -dim:] / np.sqrt(variances[-dim:])
+    return whitened / np.linalg.norm(whitened, axis=1, keepdims=True)
+
+
+def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Squared L2 distance of each row of `a` to each row of `b`, by subtraction; (len(a), len(b))."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return np.stack([((b - row) ** 2).sum(axis=1) for row in a])
+
+
+def lloyd(x: np.ndarray, centroids: np.ndarray, niter: int) -> tuple[np.ndarray, np.ndarray, float]:
+    """`niter` iterations of k-means from `centroids` (k, d), no cluster of which may become empty.
+
+    Returns the last centroids, the nearest of them for each row (N,), and the sum of squared distances that
+    the last iteration began with.
+    """
+    x = x.astype(np.float64)
+    for _ in range(niter):
+        distances = squared_distances(x, centroids)
+        labels = distances.argmin(axis=1)
+        objective = float(distances.min(axis=1).sum())
+        centroids = np.stack([x[labels == cluster].mean(axis=0) for cluster in range(len(centroids))])
+    return centroids, squared_distances(x, centroids).argmin(axis=1), objective
+
+
+def nearest_neighbours(x: np.ndarray, nnn: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each row its `nnn` nearest other rows and their squared distances, nearest first, ties by index."""
+    distances = squared_distances(x, x)
+    np.fill_diagonal(distances, np.inf)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :nnn]
+    return order, np.take_along_axis(distances, order, axis=1)
+
+
+def pic_labels(
+    neighbours: np.ndarray,
+    distances: np.ndarray,
+    sigma: float = 0.2,
+    alpha: float = 0.001,
+    niter: int = 200,
+) -> np.ndarray:
+    """Power iteration clustering of a neighbour graph, all iterations, then node by node; labels (N,).
+
+    A label is the index of the node where its cluster's pointers end.
+    """
+    n, nnn = neighbours.shape
+    row = np.repeat(np.arange(n), nnn)
+    weight = np.exp(-distances.astype(np.float64).ravel() / sigma**2)
+    a = scipy.sparse.csr_array((weight, (row, neighbours.ravel())), shape=(n, n))
+    w = (a + a.T).tocsr()
+    w.sort_indices()
+    v = np.full(n, 1.0 / n)
+    for _ in range(niter):
+        v = alpha * (w @ v) + (1.0 - alpha) / n
+        v /= v.sum()
+
+    pointer = []
+    for i in range(n):
+        best, steepest = i, 0.0
+        for edge in range(w.indptr[i], w.indptr[i + 1]):
+            j = w.indices[edge]
+            ascent = w.data[edge] * (v[j] - v[i])
+            if ascent > steepest:
+                best, steepest = int(j), ascent
+        pointer.append(best)
+
+    labels = []
+    for i in range(n):
+        while pointer[i] != i:
+            i = pointer[i]
+        labels.append(i)
+
+    size = np.bincount(labels, minlength=n)
+    final = list(labels)
+    for i in range(n):
+        if size[labels[i]] == 1:
+            for j in neighbours[i]:
+                if size[labels[j]] > 1:
+                    final[i] = labels[j]
+                    break
+    return np.array(final)
+
+
+def uniform_draws(labels: np.ndarray, total: int, seed: int) -> np.ndarray:
+    """The uniform sampler cluster by cluster: as many draws from each, one shuffle, cut to `total`."""
+    rng = np.random.default_rng(seed)
+    members: list[list[int]] = [[] for _ in range(labels.max() + 1)]
+    for index, label in enumerate(labels.tolist()):
+        members[label].append(index)
+    members = [cluster for cluster in members if cluster]
+    each = int(total / len(members)) + 1
+    draws = np.array([], dtype=np.int64)
+    for cluster in members:
+        part = rng.choice(cluster, each, replace=len(cluster) <= each)
+        draws = np.concatenate((draws, part))
+    rng.shuffle(draws)
+    return draws[:total]
