@@ -1,0 +1,88 @@
+"""Which images an epoch of training visits: as many from every cluster, whatever its size.
+
+    order = uniform_draws(assignment.labels, total=len(images), seed=derive_seed(args.seed, "sampler", epoch))
+
+Image indexes in, image indexes out; the label of a drawn image is always its own.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+def uniform_draws(labels: np.ndarray, total: int, seed: int) -> np.ndarray:
+    """Draw `total` image indexes uniformly over the non-empty clusters of `labels` (N,) int64.
+
+    Each non-empty cluster contributes int(total / non_empty) + 1 draws, with replacement exactly when it is
+    not larger than that. Then one shuffle and a cut to `total`; the cut takes at most one draw from any
+    cluster, so that the clusters' counts differ by one at most. The same seed gives the same draws.
+    Returns (total,) int64.
+    """
+    labels = _checked(labels, total)
+    rng = np.random.default_rng(seed)
+    order = _shuffled_within_clusters(labels, rng)
+    sizes = np.bincount(labels)
+    starts = np.cumsum(sizes) - sizes  # where each cluster begins in `order`
+    starts, sizes = starts[sizes > 0], sizes[sizes > 0]
+    each = total // len(sizes) + 1
+
+    places = np.empty((len(sizes), each), np.int64)  # row c: places within cluster c
+    small = sizes <= each
+    places[small] = rng.integers(0, sizes[small, None], (int(small.sum()), each))
+    places[~small] = np.arange(each)  # the first of a random order: without replacement
+    draws = order[starts[:, None] + places]  # (non-empty clusters, each)
+
+    whole, last = draws[:, :-1].ravel(), draws[:, -1]
+    kept = np.concatenate([whole, rng.permutation(last)[: total - len(whole)]])
+    rng.shuffle(kept)
+    return kept
+
+
+def released_draws(labels: np.ndarray, total: int, seed: int) -> np.ndarray:
+    """What the authors' released code visits, for reproducing their weights; (total,) int64 image indexes.
+
+    Its uniform sampler gave data-set indexes to a data set that had been re-ordered by cluster: draw d stands
+    for image order[d], `order` being the image indexes written cluster after cluster. The effect is that a
+    cluster is visited about in proportion to its size.
+    """
+    order = np.argsort(_checked(labels, total), kind="stable")
+    return order[uniform_draws(labels, total, seed)]
+
+
+def _checked(labels: np.ndarray, total: int) -> np.ndarray:
+    """`labels` as int64, or ValueError."""
+    labels = np.asarray(labels, np.int64)
+    if labels.ndim != 1 or len(labels) == 0 or labels.min() < 0 or total < 0:
+        raise ValueError(f"cannot draw {total} images by labels {labels.shape}: want (N,), N >= 1, all >= 0")
+    return labels
+
+
+def _shuffled_within_clusters(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The image indexes cluster after cluster, within a cluster in random order, (N,) int64.
+
+    One sort of 64-bit keys: the label in the upper bits, random bits in the others.
+    """
+    free_bits = 63 - int(labels.max()).bit_length()
+    keys = (labels << free_bits) | rng.integers(0, 1 << free_bits, len(labels))
+    return np.argsort(keys)
+
+
+SAMPLERS = {"uniform": uniform_draws, "released": released_draws}
+
+
+class DrawSampler(Sampler[tuple[int, int]]):
+    """Yields (position in the epoch, image index) for the draws from position `first` on.
+
+    The position goes along because the randomness of a crop depends on it: an image may be drawn twice.
+    """
+
+    def __init__(self, draws: np.ndarray, first: int = 0) -> None:
+        self.draws, self.first = draws, first
+
+    def __len__(self) -> int:
+        return max(len(self.draws) - self.first, 0)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for position in range(self.first, len(self.draws)):
+            yield position, int(self.draws[position])
