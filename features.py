@@ -1,0 +1,94 @@
+"""Images -> activations: the one pass over a folder that training, evaluations and pictures share."""
+
+import contextlib
+import copy
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from data import normalise
+from models import DeepClusterNet
+from util import Progress, UserError
+
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+def set_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
+    """Set the arithmetic of matrix products and convolutions; returns the autocast context to compute in.
+
+    fp32: full float32 everywhere (TF32 off too), the default on every device, so that nothing becomes less
+    exact silently. tf32: float32 with TF32 products, CUDA only. bf16: autocast to bfloat16; on a CPU only where
+    it has AMX, as elsewhere it is slower than fp32. Raises UserError where a choice makes no sense.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    if precision == "tf32" and device.type != "cuda":
+        raise UserError("--precision tf32: only CUDA GPUs have it; use fp32, or bf16 on a CPU with AMX")
+    if precision == "bf16" and device.type == "cpu" and not cpu_has_amx():
+        raise UserError("--precision bf16: this CPU has no AMX and would be slower than fp32; use fp32")
+    fast = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = fast
+    torch.backends.cudnn.conv.fp32_precision = fast
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def cpu_has_amx() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
+def fold_batch_norm(net: DeepClusterNet) -> DeepClusterNet:
+    """A view of net, which is in eval mode, in which each convolution carries its batch norm.
+
+    The convolutions are copies, everything else is shared. Equal to net in eval mode up to float32 rounding
+    (about 2e-6 relative), about 10% faster on a CPU.
+    """
+    layers = list(net.features)
+    for i, layer in enumerate(layers):
+        if isinstance(layer, nn.BatchNorm2d):
+            layers[i - 1] = fuse_conv_bn_eval(layers[i - 1], layer)
+            layers[i] = nn.Identity()
+    folded = copy.copy(net)
+    folded._modules = dict(net._modules)
+    folded.features = nn.Sequential(*layers)
+    return folded
+
+
+@torch.inference_mode()
+def extract_features(
+    net: DeepClusterNet,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    layer: str,
+    num_images: int,
+    device: torch.device,
+    precision: str = "fp32",
+    dtype: type = np.float32,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, list[int]]:
+    """Activations of every image in data-set order, net in eval mode: (features (N, D), broken images).
+
+    loader yields (uint8 images (B, 3, S, S), indexes (B,)); an index -1 - i says that image i could not be
+    decoded: its row is zero and i is among the broken. Maps are flattened. The result is held once, in
+    dtype (float32 or float16), whatever the order in which batches come.
+    """
+    was_training = net.training
+    net.eval()
+    folded = fold_batch_norm(net).to(memory_format=torch.channels_last)
+    features: np.ndarray | None = None
+    broken: list[int] = []
+    with set_precision(precision, device):
+        for images, index in loader:
+            x = normalise(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            rows = folded.activations(x, [layer])[layer].flatten(1).float().cpu().numpy()
+            if features is None:
+                features = np.zeros((num_images, rows.shape[1]), dtype=dtype)
+            bad = index < 0
+            broken += (-1 - index[bad]).tolist()
+            features[index[~bad].numpy()] = rows[(~bad).numpy()]
+            if progress is not None:
+                progress.update(len(index))
+    net.train(was_training)
+    return features, sorted(broken)
