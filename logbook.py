@@ -1,0 +1,123 @@
+"""What a run writes besides its checkpoints: `clusters`, `log.jsonl`, `assignments.csv`, TensorBoard."""
+
+import csv
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from util import UserError, atomic_write
+
+EMPTY_LOG = b"\x80\x02]."  # protocol 2, an empty list, STOP
+
+
+class ClusterLog:
+    """`EXP/clusters`: one pickle, a list with an entry an epoch, that grows by appending.
+
+    The file is always `PROTO, EMPTY_LIST, (entry, APPEND)*, STOP`. An append writes everything behind the
+    STOP first and replaces the STOP itself, one byte, last: at any moment `pickle.load` reads all that was
+    complete, and nothing already written is rewritten.
+    """
+
+    def __init__(self, path: str | Path, size: int | None = None) -> None:
+        """Start an empty log, or continue an existing one of which the first `size` bytes count."""
+        self.path = Path(path)
+        if size is None:
+            with atomic_write(self.path, "wb") as file:
+                file.write(EMPTY_LOG)
+            self.size = len(EMPTY_LOG)
+            return
+        if not self.path.is_file() or self.path.stat().st_size < size:
+            raise UserError(f"{self.path}: the log of the earlier epochs is missing or shorter than it was")
+        self.size = size
+        with open(self.path, "r+b") as file:
+            file.seek(size - 1)
+            file.write(b".")  # from here on the file is valid with fewer epochs
+            file.truncate(size)
+
+    def append(self, lists: list[list[int]]) -> None:
+        """Add one epoch: for each cluster the image indexes in it. O(N) bytes."""
+        entry = pickle.dumps(lists, protocol=2)[2:-1] + b"a."  # without its own PROTO and STOP
+        with open(self.path, "r+b") as file:
+            file.seek(self.size)
+            file.write(entry[1:])
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(self.size - 1)
+            file.write(entry[:1])
+            file.flush()
+            os.fsync(file.fileno())
+        self.size += len(entry) - 1
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Append one JSON line (`log.jsonl`, a line an epoch)."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a `log.jsonl`; a last line that was cut by a kill is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def keep_lines_before(path: Path, epoch: int) -> None:
+    """Drop the lines of epochs from `epoch` on: a resumed run writes them again."""
+    records = [record for record in read_lines(path) if record["epoch"] < epoch] if path.is_file() else []
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def continue_logs(exp: Path, origin: Path, clusters_size: int, epoch: int) -> ClusterLog:
+    """The logs of a run that goes on in exp at `epoch`, cut back to what the checkpoint had seen.
+
+    origin is the folder of the run that the checkpoint comes from: where exp is another one, its logs are
+    copied over first.
+    """
+    if origin.resolve() != exp.resolve():
+        for name in ("clusters", "log.jsonl", "skipped.txt"):
+            if (origin / name).is_file():
+                shutil.copyfile(origin / name, exp / name)
+    keep_lines_before(exp / "log.jsonl", epoch)
+    return ClusterLog(exp / "clusters", clusters_size)
+
+
+def write_assignments(path: Path, paths: list[str], labels: np.ndarray, distances: np.ndarray) -> None:
+    """`assignments.csv` of the last clustering: path, cluster, squared L2 distance to the centroid."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "cluster", "distance"])
+        writer.writerows(zip(paths, labels.tolist(), (f"{d:.6g}" for d in distances.tolist())))
+
+
+def open_tensorboard(exp: Path) -> Any:
+    """A TensorBoard writer into EXP/tensorboard; the package is needed only when this is asked for."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: not installed; pip install -r requirements-extra.txt") from None
+    return SummaryWriter(exp / "tensorboard")
+
+
+def to_tensorboard(writer: Any, record: dict[str, Any]) -> None:
+    """Every number of a log record as a scalar at its epoch; nested ones as `group/name`."""
+    for name, value in record.items():
+        values = (
+            {name: value} if not isinstance(value, dict) else {f"{name}/{k}": v for k, v in value.items()}
+        )
+        for tag, number in values.items():
+            if isinstance(number, int | float):
+                writer.add_scalar(tag, number, record["epoch"])
+    writer.flush()

@@ -1,0 +1,658 @@
+"""Unsupervised training of a convnet by DeepCluster (Caron et al., ECCV 2018).
+
+    ./main.sh                                         the demo: train on the embedded photographs
+    python main.py DIR --sobel --exp exp              the paper's settings on a folder of images
+    python main.py DIR --sobel --exp exp --resume exp/checkpoint.pth.tar
+
+One epoch (section 3 of the paper): features of all images -> PCA-whitening, L2 -> k-means -> the cluster ids
+are the labels of one epoch of classification with a fresh head.
+"""
+
+import argparse
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import checkpoint
+import clustering
+import data
+import logbook
+import models
+import sampling
+from features import PRECISIONS, extract_features, set_precision
+from util import (
+    AverageMeter,
+    Log,
+    Progress,
+    UserError,
+    add_device_argument,
+    atomic_write,
+    choose_device,
+    derive_seed,
+    make_folder,
+    peak_memory_gib,
+    run_main,
+)
+
+PCA_DIM = 256  # section 3.4 of the paper: PCA-reduced to 256 dimensions, whitened, L2-normalised
+# A resumed run is the same run: these settings must be what they were.
+FIXED_SETTINGS = (
+    "arch", "sobel", "clustering", "nmb_cluster", "seed", "batch", "reassign", "sampling", "image_size",
+    "feature_dtype",
+)  # fmt: skip
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        description="PyTorch Implementation of DeepCluster",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "dir", metavar="DIR", help="path to dataset: a folder of images or a .txt file of paths"
+    )
+
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--arch",
+        "-a",
+        default="alexnet",
+        metavar="ARCH",
+        help="CNN architecture: alexnet or vgg16 (default: alexnet)",
+    )
+    group.add_argument("--sobel", action="store_true", help="Sobel filtering")
+    group.add_argument(
+        "--init",
+        metavar="PATH",
+        default=None,
+        help="take the weights (not the head, not the optimiser) from this checkpoint",
+    )
+    group.add_argument(
+        "--image-size",
+        type=int,
+        default=224,
+        metavar="PIXELS",
+        help="side of the crops, cut after resizing the shorter side to 256/224 of it (default: 224)",
+    )
+
+    group = parser.add_argument_group("clustering")
+    group.add_argument(
+        "--clustering",
+        choices=list(clustering.CLUSTERINGS),
+        default="Kmeans",
+        help="clustering algorithm (default: Kmeans)",
+    )
+    group.add_argument(
+        "--nmb_cluster",
+        "--k",
+        type=int,
+        default=10000,
+        help="number of cluster for k-means (default: 10000); about ten times the number of "
+        "classes that you expect",
+    )
+    group.add_argument(
+        "--reassign",
+        type=float,
+        default=1.0,
+        help="how many epochs of training between two consecutive reassignments of clusters (default: 1)",
+    )
+    group.add_argument(
+        "--sampling",
+        choices=list(sampling.SAMPLERS),
+        default="uniform",
+        help="uniform: over clusters, as in the paper; released: as the authors' code did, in "
+        "proportion to cluster size (default: uniform)",
+    )
+    group.add_argument(
+        "--feature-dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="how the features of all images are held in memory (default: float32)",
+    )
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", type=float, default=0.05, help="learning rate (default: 0.05)")
+    group.add_argument("--wd", type=float, default=-5, help="weight decay pow (default: -5)")
+    group.add_argument("--momentum", type=float, default=0.9, help="momentum (default: 0.9)")
+    group.add_argument("--batch", type=int, default=256, help="mini-batch size (default: 256)")
+    group.add_argument("--epochs", type=int, default=200, help="number of total epochs to run (default: 200)")
+    group.add_argument(
+        "--start_epoch",
+        type=int,
+        default=0,
+        help="manual epoch number (useful on restarts from --init) (default: 0)",
+    )
+    group.add_argument("--seed", type=int, default=31, help="random seed (default: 31)")
+
+    group = parser.add_argument_group("files")
+    group.add_argument("--exp", default="exp", metavar="EXP", help="path to exp folder (default: exp)")
+    group.add_argument(
+        "--resume",
+        metavar="PATH",
+        default=None,
+        help="path to checkpoint: continue that run exactly (default: None)",
+    )
+    group.add_argument(
+        "--checkpoints",
+        type=int,
+        default=25000,
+        help="how many iterations between two checkpoints (default: 25000)",
+    )
+    group.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="leave out files that cannot be decoded instead of stopping with their list",
+    )
+
+    group = parser.add_argument_group("machine and output")
+    group.add_argument("--workers", type=int, default=4, help="number of data loading workers (default: 4)")
+    add_device_argument(group)
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="arithmetic of the convnet: fp32 is exact; tf32 (CUDA) and bf16 (CUDA, CPUs with AMX) "
+        "are faster and give a slightly different run (default: fp32 on every device)",
+    )
+    group.add_argument("--tensorboard", action="store_true", help="also write EXP/tensorboard")
+    group.add_argument("--verbose", action="store_true", help="chatty")
+    return parser  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train; everything that is learnt is written into args.exp."""
+    check_arguments(args)
+    device = choose_device(args.device)
+    set_precision(args.precision, device)
+    saved = checkpoint.read(args.resume) if args.resume else None
+    exp = open_exp(args)
+    log = Log(exp / "train.log")
+    images = open_images(args, saved, exp, log)
+    net = models.build(args.arch, args.sobel, seed=derive_seed(args.seed, "weights"))
+    if args.init:
+        checkpoint.init_weights(net, args.init)
+    run = Run(args, net.to(device, memory_format=torch.channels_last), device, exp, log, images)
+    if saved is not None:
+        run.restore(saved)
+    announce(run)
+    board = logbook.open_tensorboard(exp) if args.tensorboard else None
+
+    if run.epoch >= args.epochs:
+        log(f"nothing to do: this run has its {run.epoch} epochs; ask for more with --epochs")
+    while run.epoch < args.epochs:
+        if not run.clustered:
+            features = run.features()
+            run.cluster(features)
+            del features  # N x 4096 is held only while it is clustered
+            run.fresh_head()
+        run.train()
+        record = run.finish_epoch()
+        if board is not None:
+            logbook.to_tensorboard(board, record)
+    log(
+        f"done: {run.epoch} epochs. Weights: {exp}/checkpoint.pth.tar  log: {exp}/log.jsonl  "
+        f"clusters: {exp}/assignments.csv, {exp}/clusters"
+    )
+
+
+# ------------------------------------------------------------------------------- before any long work
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse values that cannot work, in one line each."""
+    if args.arch not in models.ARCHITECTURES:
+        raise UserError(f"--arch {args.arch}: unknown; choose one of {', '.join(models.ARCHITECTURES)}")
+    if args.clustering == "Kmeans" and args.nmb_cluster < 2:
+        raise UserError(f"--nmb_cluster {args.nmb_cluster}: k-means needs at least 2 clusters")
+    for name, smallest in (
+        ("batch", 1), ("epochs", 1), ("checkpoints", 1), ("start_epoch", 0), ("workers", 0), ("seed", 0),
+        ("image_size", 16),
+    ):  # fmt: skip
+        if getattr(args, name) < smallest:
+            raise UserError(f"--{name.replace('image_size', 'image-size')} {getattr(args, name)}: "
+                            f"must be at least {smallest}")  # fmt: skip
+    if not (math.isfinite(args.lr) and args.lr > 0):
+        raise UserError(f"--lr {args.lr}: must be a positive number (the paper: 0.05)")
+    if not 0 <= args.momentum < 1:
+        raise UserError(f"--momentum {args.momentum}: must be in [0, 1) (the paper: 0.9)")
+    if not math.isfinite(args.wd):
+        raise UserError(f"--wd {args.wd}: must be a power of ten such as -5, for 10**-5")
+    if not (math.isfinite(args.reassign) and args.reassign > 0):
+        raise UserError(f"--reassign {args.reassign}: must be a positive number of epochs")
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"--start_epoch {args.start_epoch}: the run ends at --epochs {args.epochs}")
+    if args.resume and args.init:
+        raise UserError("--resume and --init: a resumed run has its own weights; give one of them")
+    if args.resume and args.start_epoch:
+        raise UserError(
+            "--start_epoch with --resume: the checkpoint knows its epoch; leave --start_epoch out"
+        )
+
+
+def open_exp(args: argparse.Namespace) -> Path:
+    """The folder of the run; it must be writable, and empty of other runs unless this one is resumed."""
+    exp = Path(args.exp)
+    if args.resume is None:
+        for name in ("checkpoint.pth.tar", "clusters", "log.jsonl", "checkpoints/checkpoint_0.pth.tar"):
+            if (exp / name).exists():
+                raise UserError(
+                    f"--exp {exp}: holds another run ({name}); continue it with --resume "
+                    f"{exp}/checkpoint.pth.tar, or choose another folder"
+                )
+    make_folder(exp)
+    make_folder(exp / "checkpoints")
+    return exp
+
+
+def open_images(
+    args: argparse.Namespace, saved: dict[str, Any] | None, exp: Path, log: Log
+) -> data.ImageList:
+    """The images of the run: listed, enough for k, their headers checked, as many as the resumed run had."""
+    images = data.list_images(args.dir)
+    check_enough(images, args)
+    if saved is not None:
+        images = drop(images, np.isin(list(images.paths), saved.get("skipped", [])))
+    cores = os.cpu_count() or 1
+    if args.workers > cores:
+        log(f"warning: --workers {args.workers}, but this machine has {cores} core(s); {cores} would do")
+    bad = data.check_headers(images, workers=max(args.workers, 1))
+    return leave_out_bad(images, bad, args, exp, log)
+
+
+def check_enough(images: data.ImageList, args: argparse.Namespace) -> None:
+    if args.clustering == "Kmeans" and args.nmb_cluster > len(images):
+        raise UserError(
+            f"--nmb_cluster {args.nmb_cluster}: more clusters than images, {args.dir} has {len(images)}; use "
+            "--k with about ten times the number of classes that you expect"
+        )
+    if len(images) < 2:
+        raise UserError(f"{args.dir}: {len(images)} image is not enough to cluster")
+
+
+def drop(images: data.ImageList, mask: np.ndarray) -> data.ImageList:
+    return images.keep(~mask) if mask.any() else images
+
+
+def leave_out_bad(
+    images: data.ImageList, bad: list[tuple[int, str]], args: argparse.Namespace, exp: Path, log: Log
+) -> data.ImageList:
+    """Images without the bad ones (`--skip-bad-images`), or a UserError that lists them."""
+    if not bad:
+        return images
+    names = exp / "bad_images.txt"
+    with atomic_write(names) as file:
+        file.writelines(f"{images.path(i)}\t{reason}\n" for i, reason in bad)
+    if not args.skip_bad_images:
+        some = "; ".join(f"{images.path(i)}: {reason}" for i, reason in bad[:10])
+        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise UserError(
+            f"{len(bad)} of {len(images)} images cannot be decoded ({some}{more}), listed in {names}; mend "
+            "or remove them, or leave them out with --skip-bad-images"
+        )
+    log(f"left out {len(bad)} of {len(images)} images that cannot be decoded, listed in {names}")
+    mask = np.zeros(len(images), dtype=bool)
+    mask[[i for i, _ in bad]] = True
+    images = drop(images, mask)
+    check_enough(images, args)
+    return images
+
+
+def announce(run: "Run") -> None:
+    """Say what is about to happen, and what memory it takes."""
+    args, n = run.args, len(run.images)
+    classes = "no class folders" if run.images.classes is None else f"{len(run.images.class_names)} classes"
+    size = n * models.FEATURE_DIM * np.dtype(args.feature_dtype).itemsize / 2**30
+    k = f", k {args.nmb_cluster}" if args.clustering == "Kmeans" else ""
+    run.log(f"{n} images in {args.dir} ({classes}, for the log only)")
+    run.log(
+        f"{args.arch}{' with Sobel' if args.sobel else ''} at {args.image_size} px on {run.device} "
+        f"({args.precision}), {args.clustering}{k}, {args.sampling} sampling, epochs {run.epoch} to "
+        f"{args.epochs}; features take {size:.2f} GiB"
+    )
+    if args.verbose:
+        run.log("settings: " + "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
+
+
+# ------------------------------------------------------------------------------- the run
+
+
+@dataclass
+class Run:
+    """The state of a training: what a checkpoint holds, and the steps of an epoch that change it.
+
+    clustered says whether the clustering of this epoch is done, so that training is what comes next; position
+    counts the iterations done since, iteration those of the whole training. assignment is the last one made.
+    """
+
+    args: argparse.Namespace
+    net: models.DeepClusterNet
+    device: torch.device
+    exp: Path
+    log: Log
+    images: data.ImageList
+    epoch: int = 0
+    clustered: bool = False
+    position: int = 0
+    iteration: int = 0
+    assignment: clustering.Assignment | None = None
+    whitening: clustering.PCAWhitening | None = None
+    record: dict[str, Any] = field(default_factory=dict)  # what is known of this epoch's log line
+    meter: AverageMeter = field(default_factory=AverageMeter)
+    skipped: list[str] = field(default_factory=list)  # images left out because they cannot be decoded
+
+    def __post_init__(self) -> None:
+        self.epoch = self.args.start_epoch
+        self.body = sgd(self.net, self.args, self.args.momentum)
+        self.head: torch.optim.SGD | None = None
+        self.cluster_log: logbook.ClusterLog | None = None
+
+    # -- 1. features
+
+    def features(self) -> np.ndarray:
+        """Features of all images in data-set order: (N, 4096), before the last ReLU, in eval mode."""
+        args, start = self.args, time.monotonic()
+        view = data.CentralView(self.images, args.image_size)
+        loader = data.make_loader(view, args.batch, args.workers, pin_memory=self.device.type == "cuda")
+        progress = Progress(len(view), f"epoch {self.epoch} features", log=self.log)
+        features, broken = extract_features(
+            self.net, loader, models.FEATURE, len(view), self.device, args.precision,
+            np.dtype(args.feature_dtype), progress,
+        )  # fmt: skip
+        progress.close()
+        self.record = {"epoch": self.epoch, "seconds": {"features": time.monotonic() - start}}
+        return self.without_broken(features, broken) if broken else features
+
+    def without_broken(self, features: np.ndarray, broken: list[int]) -> np.ndarray:
+        """Images that turn out to be undecodable leave the run before its first training step, or stop it."""
+        bad = [(i, data.broken_reason(self.images, i)) for i in broken]
+        if self.iteration > 0:
+            raise UserError(
+                f"{self.images.path(broken[0])}: was readable before and is no longer: {bad[0][1]}"
+            )
+        kept = np.setdiff1d(np.arange(len(self.images)), broken)
+        names = list(self.images.paths)
+        self.images = leave_out_bad(self.images, bad, self.args, self.exp, self.log)
+        self.skipped += [names[i] for i in broken]
+        for start in range(0, len(kept), 1024):  # in place: kept[i] >= i, so no row is overwritten unread
+            rows = kept[start : start + 1024]
+            features[start : start + len(rows)] = features[rows]
+        return features[: len(kept)]
+
+    # -- 2. to 4. preprocessing, clustering, labels
+
+    def cluster(self, features: np.ndarray) -> None:
+        """PCA-whitening, L2, clustering; logs the assignment against the last one and the classes."""
+        args, start, previous = self.args, time.monotonic(), self.assignment
+        self.whitening, x = clustering.preprocess(features, PCA_DIM, self.device)
+        if x.shape[1] < PCA_DIM:
+            self.log(f"PCA keeps {x.shape[1]} dimensions: the features have no more (the paper: {PCA_DIM})")
+        middle = time.monotonic()
+        cluster = clustering.CLUSTERINGS[args.clustering]
+        seed = derive_seed(args.seed, "clustering", self.epoch)
+        self.assignment = cluster(x, k=args.nmb_cluster, seed=seed, device=self.device)
+        self.clustered = True
+        self.record["seconds"] |= {"pca": middle - start, "clustering": time.monotonic() - middle}
+        self.record |= {
+            "clustering_loss": self.assignment.objective,
+            "pca_dims": x.shape[1],
+            "clusters": clustering.cluster_sizes(self.assignment),
+        }
+        others = {
+            "previous": None if previous is None else previous.labels,  # figure 2b
+            "classes": self.images.classes,  # figure 2a
+        }
+        for what, labels in others.items():
+            if labels is not None:
+                scores = clustering.compare(self.assignment.labels, labels)
+                self.record |= {f"{name}_{what}": value for name, value in scores.items()}
+        self.write_assignment()
+        self.tell_clusters()
+
+    def write_assignment(self) -> None:
+        """Append to EXP/clusters and rewrite EXP/assignments.csv."""
+        if self.cluster_log is None:
+            self.cluster_log = logbook.ClusterLog(self.exp / "clusters")
+        self.cluster_log.append(self.assignment.lists())
+        self.write_csv()
+
+    def write_csv(self) -> None:
+        logbook.write_assignments(
+            self.exp / "assignments.csv",
+            list(self.images.paths),
+            self.assignment.labels,
+            self.assignment.distances,
+        )
+
+    def tell_clusters(self) -> None:
+        """One line on the clustering, and a warning when it collapses."""
+        record, sizes = self.record, self.record["clusters"]
+        nmi = "".join(
+            f"  NMI to {name} {record[f'nmi_{what}']:.3f} (AMI {record[f'ami_{what}']:.3f})"
+            for what, name in (("previous", "last epoch"), ("classes", "classes"))
+            if f"nmi_{what}" in record
+        )
+        self.log(
+            f"epoch {self.epoch} clustering loss {self.assignment.objective:.6g}  {sizes['nonempty']} of "
+            f"{self.assignment.num_clusters} clusters filled, sizes {sizes['min']} to {sizes['max']}{nmi}  "
+            f"{record['seconds']['pca'] + record['seconds']['clustering']:.1f} s"
+        )
+        if sizes["max"] > len(self.images) / 2:
+            self.log(
+                f"warning: collapse, the largest cluster holds {sizes['max']} of {len(self.images)} images; "
+                "try a lower --lr, another --k, or colour instead of --sobel"
+            )
+
+    def fresh_head(self) -> None:
+        """A new head N(0, 0.01) with one output per cluster, and its own optimiser without momentum."""
+        self.net.set_head(self.assignment.num_clusters, derive_seed(self.args.seed, "head", self.epoch))
+        self.head = sgd(self.net.top_layer, self.args, momentum=0.0)
+
+    # -- 5. training
+
+    def train(self) -> None:
+        """What is left of this epoch's pass over int(reassign * N) images, with checkpoints on the way."""
+        args, start, before = self.args, time.monotonic(), self.meter.count
+        total = max(int(args.reassign * len(self.images)), 1)
+        draw = sampling.SAMPLERS[args.sampling]
+        draws = draw(self.assignment.labels, total, derive_seed(args.seed, "sampling", self.epoch))
+        view = data.TrainView(self.images, args.image_size, args.seed, self.epoch)
+        sampler = sampling.DrawSampler(draws, first=self.position * args.batch)
+        loader = data.make_loader(
+            view, args.batch, args.workers, sampler=sampler, pin_memory=self.device.type == "cuda"
+        )
+        progress = Progress(len(sampler), f"epoch {self.epoch} training", log=self.log)
+        train_epoch(
+            self.net, (self.body, self.head), loader, torch.from_numpy(self.assignment.labels), self.device,
+            args.precision, self.before_step, self.meter, progress,
+        )  # fmt: skip
+        progress.close(f"loss {self.meter.avg:.4f}")
+        seconds = time.monotonic() - start
+        self.record["seconds"]["train"] = seconds
+        self.record["images_per_second"] = {
+            "features": round(len(self.images) / self.record["seconds"]["features"], 1),
+            "train": round((self.meter.count - before) / seconds, 1),
+        }
+
+    def before_step(self) -> int:
+        """Called before each step: writes a periodic checkpoint when one is due; gives the step's seed."""
+        if self.iteration % self.args.checkpoints == 0:
+            n = self.iteration // self.args.checkpoints
+            self.save(self.exp / "checkpoints" / f"checkpoint_{n}.pth.tar")
+        if self.args.verbose and self.position and self.position % 100 == 0:
+            self.log(f"epoch {self.epoch} iteration {self.position} mean loss {self.meter.avg:.4f}")
+        self.position += 1
+        self.iteration += 1
+        return derive_seed(self.args.seed, "step", self.iteration)
+
+    # -- 6. log and checkpoint
+
+    def finish_epoch(self) -> dict[str, Any]:
+        """Write the epoch's log line and checkpoint, and stand before the next epoch; returns the record."""
+        record, loss = self.record, self.meter.avg
+        log_k = math.log(max(self.assignment.num_clusters, 2))
+        record |= {"loss": loss, "loss_over_log_k": loss / log_k, "iteration": self.iteration}
+        record["seconds"]["total"] = sum(record["seconds"].values())
+        record["seconds"] = {name: round(value, 2) for name, value in record["seconds"].items()}
+        record["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        if self.device.type == "cuda":
+            record["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        if self.epoch >= 2 and loss > 0.98 * log_k:
+            self.log(
+                f"warning: the loss {loss:.3f} is stuck at log k = {log_k:.3f}: the cluster ids are not "
+                "being learnt; try another --lr or a smaller --k"
+            )
+        self.epoch, self.clustered, self.position = self.epoch + 1, False, 0
+        self.record, self.meter = {}, AverageMeter()
+        logbook.append_line(self.exp / "log.jsonl", record)
+        self.save(self.exp / "checkpoint.pth.tar")
+        return record
+
+    def save(self, path: Path) -> None:
+        """Everything from which the run goes on exactly; `epoch` is the one to go on with."""
+        assignment = self.assignment
+        checkpoint.save(path, {
+            "epoch": self.epoch,
+            "arch": self.args.arch,
+            "state_dict": self.net.state_dict(),
+            "optimizer": self.body.state_dict(),
+            "optimizer_head": self.head.state_dict(),
+            "clustered": self.clustered,
+            "position": self.position,
+            "iteration": self.iteration,
+            "assignment": assignment.state_dict(),
+            "whitening": self.whitening.state_dict(),
+            "record": self.record,
+            "loss": {"sum": self.meter.sum, "count": self.meter.count},
+            "clusters_size": self.cluster_log.size,
+            "images": {"number": len(self.images), "digest": self.images.digest()},
+            "skipped": self.skipped,
+            "args": vars(self.args),
+            "versions": versions(),
+        })  # fmt: skip
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Go on after a checkpoint that `save` wrote. Raises UserError where it is not this run's."""
+        path = Path(self.args.resume)
+        check_same_run(saved, self.args, self.images, self.log)
+        self.assignment = clustering.Assignment.from_state_dict(saved["assignment"])
+        self.whitening = clustering.PCAWhitening.from_state_dict(saved["whitening"])
+        self.net.set_head(self.assignment.num_clusters, seed=0)
+        checkpoint.load_weights(self.net, checkpoint.model_weights(saved, path)[1], path)
+        self.head = sgd(self.net.top_layer, self.args, momentum=0.0)
+        for optimizer, name in ((self.body, "optimizer"), (self.head, "optimizer_head")):
+            groups = optimizer.state_dict()["param_groups"]  # lr, momentum and wd of the command line stand
+            optimizer.load_state_dict({"state": saved[name]["state"], "param_groups": groups})
+        self.epoch, self.clustered = saved["epoch"], saved["clustered"]
+        self.position, self.iteration = saved["position"], saved["iteration"]
+        self.record, self.skipped = saved["record"], saved["skipped"]
+        self.meter.sum, self.meter.count = saved["loss"]["sum"], saved["loss"]["count"]
+        origin = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+        self.cluster_log = logbook.continue_logs(self.exp, origin, saved["clusters_size"], self.epoch)
+        self.write_csv()
+        self.log(f"resuming {path} in epoch {self.epoch} after {self.iteration} iterations")
+
+
+def check_same_run(saved: dict[str, Any], args: argparse.Namespace, images: data.ImageList, log: Log) -> None:
+    """A checkpoint goes on only with the settings and images it was made with; says which differ."""
+    needed = ("assignment", "whitening", "optimizer", "optimizer_head", "clusters_size", "args", "images")
+    missing = [name for name in needed if name not in saved]
+    if missing:
+        raise UserError(
+            f"--resume {args.resume}: holds no {missing[0]}, so it is not a checkpoint of a run of this "
+            "program; to start from its weights use --init"
+        )
+    was = saved["args"]
+    for name in FIXED_SETTINGS:
+        if name == "nmb_cluster" and args.clustering == "PIC":
+            continue  # not used
+        if was.get(name) != getattr(args, name):
+            raise UserError(
+                f"--resume {args.resume}: was run with {name} {was.get(name)}, not {getattr(args, name)}; "
+                "give the same, or start a new run from its weights with --init"
+            )
+    if saved["images"]["number"] != len(images):
+        raise UserError(
+            f"--resume {args.resume}: was run on {saved['images']['number']} images, {args.dir} has "
+            f"{len(images)}"
+        )
+    if saved["images"]["digest"] != images.digest():
+        raise UserError(
+            f"--resume {args.resume}: was run on other images, the file names in {args.dir} differ"
+        )
+    for name, value in vars(args).items():
+        if name in ("lr", "wd", "momentum", "precision") and was.get(name) != value:
+            log(f"note: {name} was {was.get(name)} and is {value} from here on")
+
+
+def versions() -> dict[str, str]:
+    """What computed this: a resumed run is the same bit for bit only with the same."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "faiss": faiss.__version__,
+    }
+
+
+# ------------------------------------------------------------------------------- one training pass
+
+
+def sgd(module: nn.Module, args: argparse.Namespace, momentum: float) -> torch.optim.SGD:
+    """SGD over the parameters of module that train (not Sobel): constant args.lr, decay 10**args.wd."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.SGD(parameters, lr=args.lr, momentum=momentum, weight_decay=10**args.wd, fused=True)
+
+
+def train_epoch(
+    net: models.DeepClusterNet,
+    optimizers: Iterable[torch.optim.Optimizer],
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    labels: torch.Tensor,
+    device: torch.device,
+    precision: str,
+    before_step: Callable[[], int],
+    meter: AverageMeter,
+    progress: Progress | None = None,
+) -> None:
+    """Cross-entropy of the cluster ids, one SGD step a batch, dropout on; the mean loss goes into meter.
+
+    loader yields (uint8 crops (B, 3, S, S), image indexes (B,)); labels (N,) int64 in data-set order;
+    before_step() gives the seed of the step's dropout. Raises UserError at a loss that is not finite.
+    """
+    net.train()
+    autocast = set_precision(precision, device)
+    for step, (images, index) in enumerate(loader):
+        torch.manual_seed(before_step())
+        x = data.normalise(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        target = labels[index].to(device, non_blocking=True)
+        with autocast:
+            loss = F.cross_entropy(net(x).float(), target)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at iteration {step} of this pass; the last checkpoint is still good: "
+                "resume from it with a lower --lr"
+            )
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        meter.update(value, len(index))
+        if progress is not None:
+            progress.update(len(index), f"loss {meter.avg:.4f}")
+
+
+if __name__ == "__main__":
+    run_main(main, get_parser())
