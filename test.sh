@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Run the tests.
+#
+#   ./test.sh                      the whole suite, with the coverage of the algorithm modules (at least 90 %)
+#   ./test.sh tests/test_data.py   some of it: anything that pytest understands
+#
+# PYTHON=... names an interpreter to use instead of making .venv.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=env.sh
+. "$root/env.sh" requirements.txt requirements-extra.txt requirements-dev.txt
+cd "$root"
+
+coverage=()
+if [[ $# -eq 0 ]]; then
+    for module in checkpoint clustering data features models sampling; do
+        coverage+=("--cov=$module")
+    done
+    coverage+=(--cov-report=term-missing:skip-covered --cov-fail-under=90)
+fi
+run "$PY" -m pytest ${coverage[@]+"${coverage[@]}"} "$@"

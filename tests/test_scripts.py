@@ -1,0 +1,228 @@
+"""The shell scripts: what they call, with which settings, and how they fail. No environment is built."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("visu/*.sh"), ROOT / ".ci" / "run"])
+SETTINGS = ("DIR", "ARCH", "LR", "WD", "K", "WORKERS", "EXP", "DEMO_DIR", "PYTHON")
+
+
+def bash(*command: str | Path, cwd: Path, **environment: str | Path) -> subprocess.CompletedProcess:
+    """Run a script with none of its settings but these in the environment."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    return subprocess.run(
+        ["bash", *map(str, command)],
+        cwd=cwd,
+        env=inherited | {name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def script(path: Path, body: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def recorder(tmp_path) -> Path:
+    """An interpreter that only writes down its arguments, a line a call, into `calls` beside it."""
+    return script(tmp_path / "bin" / "recorder", f'echo "$*" >>"{tmp_path}/bin/calls"')
+
+
+def calls(recorder: Path) -> list[str]:
+    path = recorder.parent / "calls"
+    return path.read_text().replace(f"{ROOT}/", "").splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_valid_bash_and_strict(path):
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    if path.name != "env.sh":  # which is sourced
+        assert os.access(path, os.X_OK)
+        assert "set -euo pipefail" in path.read_text()
+
+
+def test_main_passes_the_papers_settings(tmp_path, recorder):
+    (tmp_path / "images").mkdir()
+    result = bash(ROOT / "main.sh", "images", cwd=tmp_path, PYTHON=recorder)
+    assert result.returncode == 0, result.stderr
+    workers = min(12, len(os.sched_getaffinity(0)))
+    assert calls(recorder) == [
+        "main.py images --exp exp --arch alexnet --lr 0.05 --wd=-5 --k 10000 --sobel --verbose "
+        f"--workers {workers}"
+    ]
+
+
+def test_main_prints_the_command_that_it_runs(tmp_path, recorder):
+    (tmp_path / "my images").mkdir()
+    result = bash(ROOT / "main.sh", "my images", cwd=tmp_path, PYTHON=recorder)
+    assert rf"+ {recorder} {ROOT}/main.py my\ images --exp exp" in result.stdout
+
+
+def test_main_takes_settings_from_variables_and_further_flags(tmp_path, recorder):
+    settings = {"ARCH": "vgg16", "LR": "0.1", "WD": "-4", "K": "7", "WORKERS": "3", "EXP": "a b"}
+    result = bash(ROOT / "main.sh", tmp_path, "--epochs", "5", cwd=tmp_path, PYTHON=recorder, **settings)
+    assert result.returncode == 0, result.stderr
+    (call,) = calls(recorder)
+    for flag in ("--arch vgg16", "--lr 0.1", "--wd=-4", "--k 7", "--workers 3", "--exp a b"):
+        assert f" {flag} " in call
+    assert call.endswith(" --epochs 5")
+
+
+def test_main_takes_the_folder_from_a_variable(tmp_path, recorder):
+    bash(ROOT / "main.sh", "--epochs", "5", cwd=tmp_path, PYTHON=recorder, DIR=tmp_path)
+    assert calls(recorder)[0].startswith(f"main.py {tmp_path} ")
+
+
+@pytest.mark.parametrize("python", [sys.executable, None])
+def test_missing_folder_ends_with_code_2_before_anything_is_set_up(tmp_path, python):
+    environment = {"PYTHON": python} if python else {}
+    result = bash(ROOT / "main.sh", "nowhere", cwd=tmp_path, **environment)
+    assert result.returncode == 2
+    assert result.stderr == "main.sh: nowhere: no such folder or list of images\n"
+    assert result.stdout == ""
+
+
+def test_failing_training_passes_its_exit_code_on(tmp_path):
+    failing = script(tmp_path / "python", "exit 2")
+    result = bash(ROOT / "main.sh", tmp_path, cwd=tmp_path, PYTHON=failing)
+    assert result.returncode == 2
+
+
+def test_missing_interpreter_ends_with_code_2(tmp_path):
+    result = bash(ROOT / "main.sh", tmp_path, cwd=tmp_path, PYTHON="no-such-python")
+    assert (result.returncode, result.stderr) == (2, "main.sh: PYTHON=no-such-python: no such interpreter\n")
+
+
+def test_help_is_the_comment_at_the_top(tmp_path):
+    result = bash(ROOT / "main.sh", "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.startswith("Train a network by DeepCluster") and "set -euo" not in result.stdout
+
+
+def test_demo_cuts_trains_and_compares(tmp_path, recorder):
+    result = bash(ROOT / "main.sh", cwd=tmp_path, PYTHON=recorder, DEMO_DIR="images", EXP="run")
+    assert result.returncode == 0, result.stderr
+    cut, train, evaluate = calls(recorder)
+    assert cut == "demo.py images"
+    assert train.startswith("main.py images/train --exp run ") and "--resume" not in train
+    assert evaluate.startswith(
+        "eval_knn.py --data images --model run/checkpoint.pth.tar "
+        "--baseline run/checkpoints/checkpoint_0.pth.tar --layers conv5 fc7.pre "
+    )
+    size = re.search(r"--image-size \d+", train)
+    assert size and size.group() in evaluate
+    assert "network in run/checkpoint.pth.tar" in result.stdout
+
+
+def test_demo_passes_flags_on_and_continues_an_earlier_run(tmp_path, recorder):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pth.tar").touch()
+    result = bash(ROOT / "main.sh", "--device", "cpu", cwd=tmp_path, PYTHON=recorder, EXP="run")
+    assert result.returncode == 0, result.stderr
+    train = calls(recorder)[1]
+    assert train.endswith(" --resume run/checkpoint.pth.tar --device cpu")
+
+
+def test_demo_keeps_its_folders_in_the_repository(tmp_path, recorder):
+    assert bash(ROOT / "main.sh", cwd=tmp_path, PYTHON=recorder).returncode == 0
+    assert calls(recorder)[0] == "demo.py demo_images"  # ROOT/ is cut off
+    assert calls(recorder)[1].startswith("main.py demo_images/train --exp exp_demo ")
+
+
+def test_tests_run_with_coverage_and_some_of_them_without(tmp_path, recorder):
+    assert bash(ROOT / "test.sh", cwd=tmp_path, PYTHON="bin/recorder").returncode == 0
+    assert bash(ROOT / "test.sh", "tests/test_demo.py", cwd=tmp_path, PYTHON="bin/recorder").returncode == 0
+    whole, some = calls(recorder)
+    for module in ("clustering", "sampling", "data", "features", "checkpoint", "models"):
+        assert f"--cov={module} " in whole
+    assert whole.endswith("--cov-fail-under=90")
+    assert some == "-m pytest tests/test_demo.py"
+
+
+def test_ci_runs_ruff_and_the_tests(tmp_path, recorder):
+    assert bash(ROOT / ".ci" / "run", cwd=tmp_path, PYTHON="bin/recorder").returncode == 0
+    check, layout, tests = calls(recorder)
+    assert (check, layout) == ("-m ruff check .", "-m ruff format --check .")
+    assert tests.startswith("-m pytest --cov=")
+
+
+# ---------------------------------------------------------------------------------------- env.sh
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A folder with env.sh, requirements and a `python3` whose environments only note down pip calls."""
+    shutil.copy(ROOT / "env.sh", tmp_path)
+    (tmp_path / "a.txt").write_text("numpy\n")
+    (tmp_path / "b.txt").write_text("pytest\n")
+    inner = f'[[ $1 != -m ]] || {{ echo "$*" >>"{tmp_path}/calls"; [[ ! -e "{tmp_path}/offline" ]]; }}'
+    template = script(tmp_path / "template", inner)
+    outer = (
+        f'[[ "$1 $2" != "-m venv" ]] || {{ mkdir -p "$4/bin"; cp "{template}" "$4/bin/python"; }}\n'
+        f'[[ $1 != -c ]] || [[ ! -e "{tmp_path}/old" ]]'
+    )
+    script(tmp_path / "bin" / "python3", outer)
+    script(tmp_path / "start.sh", f'set -euo pipefail\n. "{tmp_path}/env.sh" "$@"\necho "PY=$PY"')
+    return tmp_path
+
+
+def start(project: Path, *files: str) -> subprocess.CompletedProcess:
+    path = f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return bash(project / "start.sh", *files, cwd=project, PATH=path)
+
+
+def installations(project: Path) -> int:
+    calls = project / "calls"
+    return len(calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def test_environment_is_made_once_and_reused(project):
+    first = start(project, "a.txt")
+    assert first.returncode == 0, first.stderr
+    assert "installing a.txt" in first.stdout
+    assert f"PY={project}/.venv/bin/python" in first.stdout
+    second = start(project, "a.txt")
+    assert second.stdout.splitlines()[0] == f"environment: {project}/.venv (has a.txt)"
+    assert installations(project) == 1
+
+
+def test_changed_requirements_are_installed(project):
+    start(project, "a.txt")
+    (project / "a.txt").write_text("numpy==2\n")
+    assert "installing" in start(project, "a.txt").stdout
+    assert installations(project) == 2
+
+
+def test_environment_of_the_tests_serves_training_too(project):
+    start(project, "a.txt", "b.txt")
+    assert "installing" not in start(project, "a.txt").stdout
+    assert "installing" not in start(project, "a.txt", "b.txt").stdout
+    assert installations(project) == 1
+
+
+def test_failed_installation_is_reported_and_tried_again(project):
+    (project / "offline").touch()
+    result = start(project, "a.txt")
+    assert result.returncode == 2 and "pip could not install a.txt" in result.stderr
+    (project / "offline").unlink()
+    assert start(project, "a.txt").returncode == 0
+    assert installations(project) == 2
+
+
+def test_python_that_is_too_old_is_refused(project):
+    (project / "old").touch()
+    result = start(project, "a.txt")
+    assert result.returncode == 2 and "3.11" in result.stderr
+    assert not (project / ".venv").exists()
