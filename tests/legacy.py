@@ -1,0 +1,98 @@
+"""Writes checkpoint files as Python 2 and PyTorch before 1.6 did, to test the reader on."""
+
+import collections
+import pickle
+import struct
+import sys
+
+import torch
+
+MAGIC = 0x1950A86A20F9469CFC6C
+PROTOCOL = 1001
+
+
+class Python2Pickler(pickle._Pickler):
+    """Protocol 2, `str` as Python 2 wrote it (BINSTRING), tensors as `_rebuild_tensor` of CUDA storages."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def __init__(self, file, storages):
+        super().__init__(file, protocol=2)
+        self.storages = storages
+
+    def save_str(self, text):
+        data = text.encode("latin1")
+        if len(data) < 256:
+            self.write(pickle.SHORT_BINSTRING + bytes([len(data)]) + data)
+        else:
+            self.write(pickle.BINSTRING + struct.pack("<i", len(data)) + data)
+        self.memoize(text)
+
+    dispatch[str] = save_str
+
+    def persistent_id(self, obj):
+        if isinstance(obj, Storage):
+            return ("storage", obj.kind, obj.key, "cuda:0", obj.tensor.numel(), None)
+        return None
+
+    def reducer_override(self, obj):
+        if isinstance(obj, torch.Tensor):
+            storage = Storage(obj.contiguous(), str(94000 + len(self.storages)))
+            self.storages.append(storage)
+            return torch._utils._rebuild_tensor, (storage, 0, tuple(obj.shape), obj.contiguous().stride())
+        return NotImplemented
+
+
+class Storage:
+    def __init__(self, tensor, key):
+        self.tensor, self.key = tensor, key
+        self.kind = {torch.float32: torch.cuda.FloatStorage, torch.int64: torch.cuda.LongStorage}[
+            tensor.dtype
+        ]
+
+
+def write(path, state):
+    """torch.save of 2017 under Python 2, on a GPU machine."""
+    storages = []
+    system = {
+        "protocol_version": PROTOCOL,
+        "little_endian": True,
+        "type_sizes": {"short": 2, "int": 4, "long": 4},
+    }
+    with open(path, "wb") as file:
+        pickle.dump(MAGIC, file, protocol=2)
+        pickle.dump(PROTOCOL, file, protocol=2)
+        Python2Pickler(file, []).dump(system)
+        Python2Pickler(file, storages).dump(state)
+        Python2Pickler(file, []).dump([storage.key for storage in storages])
+        file.flush()
+        for storage in storages:
+            file.write(struct.pack("<q", storage.tensor.numel()))
+            file.write(storage.tensor.numpy().tobytes())
+
+
+def authors_state(net, data_parallel="features", optimizer=True):
+    """The dict that the authors' code saved: no num_batches_tracked, DataParallel names."""
+    weights = collections.OrderedDict()
+    for name, value in net.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        if data_parallel == "features":
+            name = name.replace("features.", "features.module.", 1)
+        elif data_parallel == "all":
+            name = "module." + name
+        weights[name] = value
+    state = {"epoch": 101, "arch": net.arch, "state_dict": weights}
+    if optimizer:
+        groups = [{"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-5, "params": [140000000000000, 2]}]
+        state["optimizer"] = {
+            "state": {140000000000000: {"momentum_buffer": torch.ones(3)}},
+            "param_groups": groups,
+        }
+    return state
+
+
+if __name__ == "__main__":
+    import models
+
+    write(sys.argv[1], authors_state(models.build("alexnet", True, 10, seed=1)))

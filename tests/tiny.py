@@ -1,0 +1,38 @@
+"""A network of the same make as AlexNet, small enough for hundreds of runs, under the name `tiny`.
+
+As a script it is main.py with that network: python -m tests.tiny DIR --arch tiny ...
+"""
+
+from torch import nn
+
+import main
+import models
+from models.trunk import DeepClusterNet, Pool, conv_block
+from util import run_main
+
+
+def tiny(sobel, num_clusters=None, seed=None):
+    features = [
+        *conv_block(2 if sobel else 3, 8, kernel=5, stride=2, padding=2),
+        Pool(kernel_size=3, stride=2),
+        *conv_block(8, 12, kernel=3, padding=1),
+        Pool(kernel_size=3, stride=2),
+    ]
+    classifier = [
+        nn.Dropout(0.5),
+        nn.Linear(12 * 4, 40),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(40, 40),
+        nn.ReLU(),
+    ]
+    return DeepClusterNet("tiny", features, classifier, 2, sobel, num_clusters, seed)
+
+
+def register():
+    models.ARCHITECTURES["tiny"] = tiny
+
+
+if __name__ == "__main__":
+    register()
+    run_main(main.main, main.get_parser())
