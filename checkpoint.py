@@ -35,7 +35,7 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, encoding="latin1")
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path}: refused, not a plain checkpoint ({refused_name(error)})") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -120,5 +120,6 @@ def init_weights(net: DeepClusterNet, path: str | Path) -> None:
             f"--init {path}: holds {arch} {'with' if sobel else 'without'} Sobel, the run is {net.arch} "
             f"{'with' if net.sobel is not None else 'without'} Sobel; change --arch or --sobel"
         )
+    head = {name: value for name, value in net.state_dict().items() if name.startswith("top_layer.")}
     body = {name: value for name, value in weights.items() if not name.startswith("top_layer.")}
-    load_weights(net, body, path)
+    load_weights(net, body | head, path)

@@ -20,8 +20,8 @@ def set_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
     """Set the arithmetic of matrix products and convolutions; returns the autocast context to compute in.
 
     fp32: full float32 everywhere (TF32 off too), the default on every device, so that nothing becomes less
-    exact silently. tf32: float32 with TF32 products, CUDA only. bf16: autocast to bfloat16; on a CPU only where
-    it has AMX, as elsewhere it is slower than fp32. Raises UserError where a choice makes no sense.
+    exact silently. tf32: float32 with TF32 products, CUDA only. bf16: autocast to bfloat16; on a CPU only
+    where it has AMX, as elsewhere it is slower than fp32. Raises UserError where a choice makes no sense.
     """
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")

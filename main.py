@@ -312,7 +312,7 @@ def announce(run: "Run") -> None:
     """Say what is about to happen, and what memory it takes."""
     args, n = run.args, len(run.images)
     classes = "no class folders" if run.images.classes is None else f"{len(run.images.class_names)} classes"
-    size = n * models.FEATURE_DIM * np.dtype(args.feature_dtype).itemsize / 2**30
+    size = n * run.net.feature_dim * np.dtype(args.feature_dtype).itemsize / 2**30
     k = f", k {args.nmb_cluster}" if args.clustering == "Kmeans" else ""
     run.log(f"{n} images in {args.dir} ({classes}, for the log only)")
     run.log(

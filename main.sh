@@ -55,7 +55,7 @@ demo() {
         --k $DEMO_K --lr $DEMO_LR --wd=$DEMO_WD --batch $DEMO_BATCH --epochs $DEMO_EPOCHS --seed $DEMO_SEED \
         --verbose --workers "$WORKERS" ${DEMO_SOBEL:+"$DEMO_SOBEL"} ${resume[@]+"${resume[@]}"} "$@"
     run "$PY" "$root/eval_knn.py" --data "$images" --model "$last" --baseline "$first" \
-        --layers conv5 fc7.pre --image-size $DEMO_SIZE --exp "$exp"
+        --layers conv5 fc7.pre --image-size $DEMO_SIZE --workers "$WORKERS" --exp "$exp"
     echo "demo: images in $images"
     echo "demo: network in $last (started from $first)"
     echo "demo: log in $exp/log.jsonl, clusters in $exp/clusters and $exp/assignments.csv"

@@ -69,6 +69,11 @@ class DeepClusterNet(nn.Module):
         return sum(isinstance(layer, nn.Conv2d) for layer in self.features)
 
     @property
+    def feature_dim(self) -> int:
+        """Units of the layer that is clustered, 4096 in both networks of the paper."""
+        return [layer for layer in self.classifier if isinstance(layer, nn.Linear)][-1].out_features
+
+    @property
     def activation_names(self) -> list[str]:
         """Every name that `activations` knows, in the order of the forward pass."""
         return [name for name, _ in self.walk() if name]
@@ -79,7 +84,7 @@ class DeepClusterNet(nn.Module):
         seed fixes the draw whatever happened before; None draws from torch's global state.
         """
         parameter = next(self.classifier.parameters())
-        head = nn.Linear(FEATURE_DIM, num_clusters)
+        head = nn.Linear(self.feature_dim, num_clusters)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         with torch.no_grad():
             head.weight.normal_(0.0, HEAD_STD, generator=generator)
