@@ -512,7 +512,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_init_worker,
+        worker_init_fn=init_worker,
     )
 
 
@@ -522,7 +522,7 @@ def _collate(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch
     return views.movedim(-1, -3), indexes
 
 
-def _init_worker(_: int) -> None:
+def init_worker(_: int) -> None:
     """A worker uses one core and leaves Ctrl-C to the main process: no traceback from each of them."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -22,10 +22,8 @@ activations', ICLR 2016. Average precision: the program of the Oxford group (Phi
 import argparse
 import hashlib
 import json
-import pickle
-import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from http.client import HTTPException
@@ -42,6 +40,9 @@ from torchvision.transforms.v2 import functional
 import data
 import evaluation
 from features import fold_batch_norm, set_precision
+from ground_truth import Query, check_known, list_database, read_queries, read_revisited
+from ranking import REVISITED, rank, score
+from rmac import PCA_DIM, Whitening, fit_whitening, region_descriptors, rmac
 from util import (
     Log,
     Progress,
@@ -56,31 +57,8 @@ from util import (
 OTHER = {"Oxford": "Paris", "Paris": "Oxford"}  # the PCA is learnt on the other city
 STAGES = ("extract_train", "train_pca", "db_features", "q_features", "eval")
 PRETRAINED = "pretrained"
-OVERLAP = 0.4  # of neighbouring regions on the longer side, Tolias et al., section 3.2
-PCA_DIM = 512
-EIGENVALUE_FLOOR = 1e-5  # of the largest one
 SCALES = (1.0, 2**-0.5, 0.5)  # --multires, as Radenovic, Tolias, Chum, TPAMI 2019, section 5.2
 SMALLEST_SIDE = 16  # pixels: what the convolutions need; a smaller view is padded
-
-# Truncated files of Paris6k: the benchmark leaves them out, wherever it lists them.
-CORRUPT = frozenset(
-    f"paris_{name}"
-    for name in (
-        "louvre_000136", "louvre_000146", "moulinrouge_000422", "museedorsay_001059", "notredame_000188",
-        "pantheon_000284", "pantheon_000960", "pantheon_000974", "pompidou_000195", "pompidou_000196",
-        "pompidou_000201", "pompidou_000467", "pompidou_000640", "sacrecoeur_000299", "sacrecoeur_000330",
-        "sacrecoeur_000353", "triomphe_000662", "triomphe_000833", "triomphe_000863", "triomphe_000867",
-    )
-)  # fmt: skip
-
-# Which lists of a query are right answers, and which are passed over as if they were not there.
-PROTOCOLS = {
-    "classic": (("ok", "good"), ("junk",)),
-    "easy": (("easy",), ("hard", "junk")),
-    "medium": (("easy", "hard"), ("junk",)),
-    "hard": (("hard",), ("easy", "junk")),
-}
-REVISITED = ("easy", "medium", "hard")
 
 # mAP in percent of a VGG-16 in the paper's table of instance retrieval: from memory, unverified.
 PUBLISHED = {
@@ -169,104 +147,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {smallest}")
 
 
-# ---------------------------------------------------------------------------------------- regions
-
-
-def grids(width: int, height: int, levels: int) -> list[tuple[int, np.ndarray, np.ndarray]]:
-    """The R-MAC regions of a map of width x height cells: for each level (side, xs, ys), int64.
-
-    Level l = 1..levels is a grid of squares of side floor(2 min(width, height) / (l + 1)), at least 1: l of
-    them along the shorter side and l + extra along the longer, where extra brings the overlap of two
-    neighbours of level 1 nearest to OVERLAP (Tolias et al., section 3.2). Computed in float64 with the usual
-    formulas: where exact arithmetic would tie or meet a whole number, rounding decides as it always did.
-    """
-    shorter, longer = sorted((width, height))
-    steps = np.arange(2, 8)
-    shift = (longer - shorter) / (steps - 1)
-    overlap = (shorter * shorter - shorter * shift) / (shorter * shorter)
-    extra = 0 if width == height else 1 + int(np.argmin(np.abs(overlap - OVERLAP)))
-    extra_x, extra_y = (extra, 0) if width > height else (0, extra)
-    found = []
-    for level in range(1, levels + 1):
-        side = max(2 * shorter // (level + 1), 1)
-        found.append((side, _starts(width, side, level + extra_x), _starts(height, side, level + extra_y)))
-    return found
-
-
-def _starts(length: int, side: int, count: int) -> np.ndarray:
-    """Where `count` regions of `side` cells start along `length` cells: evenly spread, inside."""
-    centre = np.floor(side / 2 - 1)
-    shift = (length - side) / (count - 1) if count > 1 else 0.0
-    starts = np.floor(centre + shift * np.arange(count)) - centre
-    return np.clip(np.round(starts), 0, length - side).astype(np.int64)
-
-
-def regions(width: int, height: int, levels: int = 3) -> np.ndarray:
-    """The same as (R, 4) int64, rows [x, y, w, h], level by level, row by row."""
-    boxes = [(x, y, side, side) for side, xs, ys in grids(width, height, levels) for y in ys for x in xs]
-    return np.array(boxes, dtype=np.int64)
-
-
-def pool_regions(activation: torch.Tensor, levels: int) -> torch.Tensor:
-    """Maximum over each region of a map (C, H, W): (R, C), in the order of `regions(W, H, levels)`.
-
-    A level at a time: the maximum over a strip of rows serves all regions of that strip, and the channels lie
-    side by side, as the network hands them out. benchmarks/regions.py has the ratio to a loop over regions.
-    """
-    channels, height, width = activation.shape
-    cells = activation.permute(1, 2, 0).contiguous()  # (H, W, C); no copy in channels_last memory
-    pooled = []
-    for side, xs, ys in grids(width, height, levels):
-        strips = torch.stack([cells[y : y + side].amax(dim=0) for y in ys])  # (rows, W, C)
-        grid = torch.stack([strips[:, x : x + side].amax(dim=1) for x in xs], dim=1)
-        pooled.append(grid.view(-1, channels))
-    return torch.cat(pooled)
-
-
-# ---------------------------------------------------------------------------------------- descriptor
-
-
-@dataclass
-class Whitening:
-    """x -> (x - mean) @ matrix; mean (D,), matrix (D, d), float32 tensors."""
-
-    mean: torch.Tensor
-    matrix: torch.Tensor
-
-
-def fit_whitening(descriptors: np.ndarray, dim: int = PCA_DIM) -> tuple[np.ndarray, np.ndarray]:
-    """PCA-whitening of (N, D) rows, in float64: mean (D,) and matrix (D, min(dim, D)).
-
-    Eigenvalues below EIGENVALUE_FLOOR times the largest are raised to it, so that a direction without
-    variance stays finite. Raises UserError when all rows are equal or one is not finite.
-    """
-    rows = len(descriptors)
-    slices = [slice(start, start + 8192) for start in range(0, rows, 8192)]
-    mean = sum(descriptors[part].sum(axis=0, dtype=np.float64) for part in slices) / rows
-    covariance = np.zeros((len(mean), len(mean)))
-    for part in slices:
-        centred = descriptors[part] - mean
-        covariance += centred.T @ centred
-    if not np.isfinite(covariance).all():
-        raise UserError("the region descriptors are not finite, so no PCA can be learnt: is the model sound?")
-    values, vectors = np.linalg.eigh(covariance / rows)
-    values, vectors = values[::-1][:dim], vectors[:, ::-1][:, :dim]
-    if values[0] <= 0:
-        raise UserError("all region descriptors are equal, so no PCA can be learnt: is the model dead?")
-    return mean, vectors / np.sqrt(np.maximum(values, values[0] * EIGENVALUE_FLOOR))
-
-
-def region_descriptors(activation: torch.Tensor, levels: int) -> torch.Tensor:
-    """Map (C, H, W) -> one row of norm 1 per region, (R, C)."""
-    return F.normalize(pool_regions(activation, levels), dim=1)
-
-
-def rmac(region_rows: torch.Tensor, whitening: Whitening) -> torch.Tensor:
-    """Region rows (R, C) -> R-MAC descriptor (d,): whiten, L2, sum over regions, L2."""
-    whitened = (region_rows - whitening.mean) @ whitening.matrix
-    return F.normalize(F.normalize(whitened, dim=1).sum(dim=0), dim=0)
-
-
 # ---------------------------------------------------------------------------------------- images
 
 
@@ -308,36 +188,27 @@ class Views(Dataset):
         return [resized_view(item, image, size) for size in self.sizes], i
 
 
-Trunk = Callable[[torch.Tensor], torch.Tensor]
+Trunk = Callable[[torch.Tensor], torch.Tensor]  # normalised images (1, 3, H, W) -> map (1, C, h, w)
 
 
-@dataclass
-class Network:
-    """trunk: normalised images (1, 3, H, W) -> map of the last convolution after its ReLU (1, C, h, w)."""
-
-    trunk: Trunk
-    name: str
-
-    @torch.inference_mode()
-    def activation(self, view: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """uint8 view (3, H, W) -> map (C, h, w)."""
-        x = data.normalise(view.to(device, non_blocking=True)[None])
-        missing = [max(SMALLEST_SIDE - side, 0) for side in (x.shape[3], x.shape[2])]
-        if any(missing):
-            x = F.pad(x, (0, missing[0], 0, missing[1]))
-        return self.trunk(x.contiguous(memory_format=torch.channels_last))[0]
-
-
-def open_network(path: str, device: torch.device) -> Network:
-    """The trunk of a checkpoint, or of torchvision's supervised VGG-16 for 'pretrained'."""
+def open_trunk(path: str, device: torch.device) -> Trunk:
+    """The convolutions of a checkpoint or of torchvision's VGG-16 ('pretrained'), up to the last ReLU."""
     if path == PRETRAINED:
-        trunk = pretrained_vgg16().to(device, memory_format=torch.channels_last)
-        return Network(trunk, "torchvision's supervised vgg16")
+        return pretrained_vgg16().to(device, memory_format=torch.channels_last)
     net = evaluation.open_network(path, []).eval()
     layer = f"conv{net.num_convs}"
     folded = fold_batch_norm(net).to(device, memory_format=torch.channels_last)
-    sobel = " with Sobel" if net.sobel else ""
-    return Network(lambda x: folded.activations(x, [layer])[layer], f"{net.arch}{sobel} {layer}")
+    return lambda x: folded.activations(x, [layer])[layer]
+
+
+@torch.inference_mode()
+def activation(trunk: Trunk, view: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 view (3, H, W) -> map (C, h, w); a view below SMALLEST_SIDE is padded to the right and below."""
+    x = data.normalise(view.to(device, non_blocking=True)[None])
+    missing = [max(SMALLEST_SIDE - side, 0) for side in (x.shape[3], x.shape[2])]
+    if any(missing):
+        x = F.pad(x, (0, missing[0], 0, missing[1]))
+    return trunk(x.contiguous(memory_format=torch.channels_last))[0]
 
 
 def pretrained_vgg16() -> torch.nn.Module:
@@ -455,296 +326,6 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------- ground truth
-
-
-@dataclass(frozen=True)
-class Query:
-    """image: name of the image the box is cut from; lists: 'ok', 'good', 'junk' (or 'easy', ...) -> names."""
-
-    name: str
-    image: str
-    box: tuple[float, float, float, float]
-    lists: dict[str, list[str]]
-
-
-def list_database(folder: Path) -> dict[str, Path]:
-    """Name -> path of every image in FOLDER/jpg (sub-folders too), sorted, without the corrupt ones."""
-    if not (folder / "jpg").is_dir():
-        raise UserError(f"jpg/ is missing in {folder} (expected the images in {folder}/jpg)")
-    images = data.list_images(folder / "jpg")
-    found: dict[str, Path] = {}
-    for path in map(images.path, range(len(images))):
-        if path.stem in found:
-            raise UserError(f"{path} and {found[path.stem]} have the same name; keep one of them")
-        if path.stem not in CORRUPT:
-            found[path.stem] = path
-    if not found:
-        raise UserError(f"{folder}/jpg holds none but images that the benchmark leaves out")
-    return dict(sorted(found.items()))
-
-
-def read_queries(folder: Path, known: Iterable[str]) -> list[Query]:
-    """The queries of FOLDER/lab in order of their names. `known`: the images of the database.
-
-    Corrupt images are dropped from the lists. Raises UserError for a missing lab/, no query at all, a file
-    that is missing or malformed, a listed image that is absent, and a query without a right answer.
-    """
-    lab = folder / "lab"
-    if not lab.is_dir():
-        raise UserError(f"lab/ is missing in {folder} (expected <query>_query.txt, _ok, _good and _junk.txt)")
-    files = sorted(lab.glob("*_query.txt"))
-    if not files:
-        raise UserError(f"{lab} holds no query (expected files <query>_query.txt)")
-    known = set(known)
-    return [_read_query(file, known) for file in files]
-
-
-def _read_query(file: Path, known: set[str]) -> Query:
-    name = file.name.removesuffix("_query.txt")
-    words = _words(file)
-    try:
-        image, box = words[0].removeprefix("oxc1_"), tuple(float(word) for word in words[1:])
-    except (IndexError, ValueError):
-        box = ()
-    if len(box) != 4:
-        raise UserError(f"{file}: expected one line: image name, x min, y min, x max, y max")
-    lists = {}
-    for kind in ("ok", "good", "junk"):
-        path = file.with_name(f"{name}_{kind}.txt")
-        names = [word for word in _words(path) if word not in CORRUPT]
-        _check_known(path, names, known)
-        lists[kind] = names
-    _check_known(file, [image], known)
-    if not lists["ok"] + lists["good"]:
-        raise UserError(f"{file}: no right answer, {name}_ok.txt and {name}_good.txt are empty")
-    return Query(name, image, box, lists)
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split()
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing (each query needs _query, _ok, _good and _junk.txt)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from error
-
-
-def _check_known(source: Path, names: Iterable[str], known: set[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise UserError(f"{source}: lists the image {name}, which is absent from jpg/")
-
-
-# -------------------------------------------------------------------------------- ground truth, revisited
-
-
-class _Array:
-    """Stands for a numpy array while a pickle is read: numbers of a plain type, or nothing."""
-
-    def __init__(self, *_: Any):
-        self.values: list = []
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, _, raw = state
-        if len(shape) > 1:
-            raise pickle.UnpicklingError("an array of more than one dimension")
-        self.values = _numbers(raw, dtype)
-
-
-class _DType:
-    """Stands for a numpy dtype of integers, floats or booleans."""
-
-    def __init__(self, kind: str, *_: Any):
-        if not re.fullmatch("[iufb][1248]", kind):
-            raise pickle.UnpicklingError(f"an array of {kind}")
-        self.kind, self.order = kind, "<"
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = {"|": "<", "<": "<", ">": ">"}[state[1]]
-
-
-def _numbers(raw: bytes | str, dtype: _DType) -> list:
-    """The bytes of an array as a list of numbers (Python 2 wrote bytes as text)."""
-    raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-    return np.frombuffer(raw, np.dtype(dtype.order + dtype.kind)).tolist()
-
-
-def _from_buffer(raw: bytes, dtype: _DType, shape: tuple, _: str) -> _Array:
-    """How pickle protocol 5 writes an array."""
-    array = _Array()
-    array.__setstate__((1, shape, dtype, False, raw))
-    return array
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """How protocols below 3 write bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"text in {encoding}")
-    return text.encode("latin1")
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, text, numbers and numpy arrays of numbers; nothing from the file is ever executed.
-
-    The few names that numpy's pickles ask for are answered by the stand-ins above, every other is refused.
-    """
-
-    ALLOWED = {  # noqa: RUF012
-        ("multiarray", "_reconstruct"): _Array,
-        ("multiarray", "scalar"): lambda dtype, raw: _numbers(raw, dtype)[0],
-        ("numeric", "_frombuffer"): _from_buffer,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _DType,
-        ("_codecs", "encode"): _latin1,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        short = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
-        if (short, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.ALLOWED[short, name]
-
-
-def read_revisited(path: Path, known: Iterable[str]) -> tuple[list[str], list[Query]]:
-    """The database (names) and queries of a gnd_r<city>.pkl of Radenovic et al., CVPR 2018.
-
-    It holds 'imlist' and 'qimlist' (names) and 'gnd', for each query a dict of 'bbx' and of 'easy', 'hard'
-    and 'junk', which are indexes into imlist. Raises UserError for a missing file, one that is anything else
-    than such plain data, and for a listed image that is absent.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = PlainUnpickler(file, encoding="latin1").load()
-        names, query_names = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
-        queries = [
-            _revisited_query(name, truth, names)
-            for name, truth in zip(query_names, content["gnd"], strict=True)
-        ]
-    except OSError as error:
-        raise UserError(f"--gnd {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"--gnd {path}: refused, its pickle is more than plain data ({error})") from error
-    except Exception as error:  # a hostile or foreign file fails in any way
-        raise UserError(
-            f"--gnd {path}: not a ground truth of the revisited protocol ({type(error).__name__}: {error})"
-        ) from error
-    if not queries:
-        raise UserError(f"--gnd {path}: holds no query")
-    _check_known(path, names + query_names, set(known))
-    return names, queries
-
-
-def _revisited_query(name: str, truth: dict[str, Any], names: list[str]) -> Query:
-    box = tuple(float(value) for value in _plain(truth["bbx"]))
-    if len(box) != 4:
-        raise ValueError(f"the box of {name} has {len(box)} numbers")
-    lists = {}
-    for kind in ("easy", "hard", "junk"):
-        indexes = [int(i) for i in _plain(truth[kind])]
-        if any(not 0 <= i < len(names) for i in indexes):
-            raise ValueError(f"{kind} of {name} reaches beyond the list of images")
-        lists[kind] = [names[i] for i in indexes]
-    return Query(name, name, box, lists)
-
-
-def _plain(values: Any) -> Iterable:
-    return values.values if isinstance(values, _Array) else values
-
-
-# ---------------------------------------------------------------------------------------- search and scores
-
-
-def rank(queries: np.ndarray, database: np.ndarray, aqe: int = 0, dbe: int = 0) -> np.ndarray:
-    """Database indexes for each query, best first: (Q, N) int64. Rows (Q, d) and (N, d) have norm 1.
-
-    dbe first adds to each image its dbe nearest neighbours; aqe searches twice, the second time with the mean
-    of the query and its aqe best images. Equal scores keep the order of the database.
-    """
-    for name, k in (("aqe", aqe), ("dbe", dbe)):
-        if k >= len(database):
-            raise UserError(f"--{name} {k}: the database has only {len(database)} images")
-    if dbe:
-        database = augment_database(database, dbe)
-    if aqe:
-        best = _by_score(queries @ database.T)[:, :aqe]
-        queries = _unit(queries + database[best].sum(axis=1))
-    return _by_score(queries @ database.T)
-
-
-def augment_database(database: np.ndarray, k: int) -> np.ndarray:
-    """Each row (d,) of norm 1 becomes the normalised sum of itself and its k nearest other rows."""
-    augmented = np.empty_like(database)
-    for start in range(0, len(database), 1000):
-        rows = np.arange(start, min(start + 1000, len(database)))
-        scores = database[rows] @ database.T
-        scores[np.arange(len(rows)), rows] = -np.inf  # not its own neighbour
-        augmented[rows] = database[rows] + database[_by_score(scores)[:, :k]].sum(axis=1)
-    return _unit(augmented)
-
-
-def _by_score(scores: np.ndarray) -> np.ndarray:
-    return np.argsort(-scores, axis=1, kind="stable")
-
-
-def _unit(x: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
-    return x / np.where(norms > 0, norms, 1)
-
-
-def average_precision(ranking: Iterable[Any], positives: Iterable[Any], junk: Iterable[Any]) -> float:
-    """Average precision as the Oxford group's program computes it: the area under the precision-recall curve.
-
-    Junk is passed over as if it were not in the ranking. Between two points the curve is a straight line; it
-    starts at recall 0, precision 1. Positives that the ranking lacks count as not found. 0 without positives.
-    """
-    positives, junk = set(positives), set(junk)
-    area, hits, seen = 0.0, 0, 0
-    last_recall, last_precision = 0.0, 1.0
-    for item in ranking:
-        if item in junk:
-            continue
-        seen += 1
-        hits += item in positives
-        recall, precision = hits / max(len(positives), 1), hits / seen
-        area += (recall - last_recall) * (last_precision + precision) / 2
-        last_recall, last_precision = recall, precision
-    return area
-
-
-def precision_at(ranking: Iterable[Any], positives: Iterable[Any], junk: Iterable[Any], k: int = 10) -> float:
-    """Precision among the first k that are not junk; k shrinks to the place of the last positive.
-
-    As in the revisited protocol, so that a query with fewer than k positives can reach 1.
-    """
-    positives, junk = set(positives), set(junk)
-    hits = [item in positives for item in ranking if item not in junk]
-    places = np.flatnonzero(hits) + 1
-    if len(places) == 0:
-        return 0.0
-    k = min(k, int(places[-1]))
-    return float((places <= k).sum() / k)
-
-
-def score(queries: list[Query], rankings: list[list[str]], protocol: str) -> dict[str, Any]:
-    """mAP, mP@10 and the average precision of each query, in percent, under one of PROTOCOLS.
-
-    A query without a right answer under the protocol is left out of the means, as in the revisited benchmark.
-    """
-    right, passed_over = PROTOCOLS[protocol]
-    precisions, at_10 = {}, []
-    for query, ranking in zip(queries, rankings, strict=True):
-        positives = [name for kind in right for name in query.lists[kind]]
-        junk = [name for kind in passed_over for name in query.lists[kind]]
-        if positives:
-            precisions[query.name] = 100 * average_precision(ranking, positives, junk)
-            at_10.append(100 * precision_at(ranking, positives, junk))
-    if not at_10:
-        raise UserError(f"no query has a right answer under the protocol '{protocol}'")
-    mean = float(np.mean(list(precisions.values())))
-    return {"mAP": mean, "mP@10": float(np.mean(at_10)), "queries": len(at_10), "AP": precisions}
-
-
 # ---------------------------------------------------------------------------------------- the stages
 
 
@@ -794,8 +375,8 @@ class Retrieval:
         return read_revisited(Path(self.args.gnd), self.database) if self.args.gnd else ([], [])
 
     @cached_property
-    def network(self) -> Network:
-        return open_network(self.args.model, self.device)
+    def trunk(self) -> Trunk:
+        return open_trunk(self.args.model, self.device)
 
     @cached_property
     def trunk_settings(self) -> dict[str, Any]:
@@ -913,12 +494,12 @@ class Retrieval:
                 batch_size=None,
                 num_workers=min(self.args.workers, len(todo)),
                 pin_memory=self.device.type == "cuda",
-                worker_init_fn=data._init_worker,
+                worker_init_fn=data.init_worker,
             )
-            network, progress = self.network, Progress(len(todo), label, log=self.log)
+            trunk, progress = self.trunk, Progress(len(todo), label, log=self.log)
             with self.precision:
                 for views, i in loader:
-                    maps = (network.activation(view, self.device) for view in views)
+                    maps = (activation(trunk, view, self.device) for view in views)
                     rows = reduce([region_descriptors(each, self.args.L) for each in maps])
                     store.put(todo[i], rows.cpu().numpy())
                     progress.update(1)
@@ -943,7 +524,7 @@ class Retrieval:
             results["classic"] = score(self.queries, rankings, "classic")
         names, queries = self.revisited
         if queries:
-            _check_known(self.store(self.args.eval, "database").index_path, names, set(place))
+            check_known(self.store(self.args.eval, "database").index_path, names, set(place))
             rows = database[[place[name] for name in names]]
             rankings = self.rankings("revisited_queries", queries, rows, index, names)
             results |= {protocol: score(queries, rankings, protocol) for protocol in REVISITED}
@@ -970,7 +551,7 @@ class Retrieval:
             "data set": args.eval,
             "images": images,
             "queries": ", ".join(f"{name} {result['queries']}" for name, result in results.items()),
-            "model": self.args.model or settings["model"][:12],
+            "model": args.model or settings["model"][:12],
             "layer": "last convolution after its ReLU, frozen",
             "S": settings["S"],
             "L": settings["L"],

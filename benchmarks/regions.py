@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from eval_retrieval import PCA_DIM, Whitening, pool_regions, region_descriptors, regions, rmac
+from rmac import PCA_DIM, Whitening, pool_regions, region_descriptors, regions, rmac
 
 
 def get_parser() -> argparse.ArgumentParser:

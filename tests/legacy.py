@@ -4,6 +4,7 @@ import collections
 import pickle
 import struct
 import sys
+from typing import ClassVar
 
 import torch
 
@@ -14,7 +15,7 @@ PROTOCOL = 1001
 class Python2Pickler(pickle._Pickler):
     """Protocol 2, `str` as Python 2 wrote it (BINSTRING), tensors as `_rebuild_tensor` of CUDA storages."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
     def __init__(self, file, storages):
         super().__init__(file, protocol=2)

@@ -659,7 +659,7 @@ def test_worker_setup(monkeypatch):
     calls = []
     monkeypatch.setattr(data.torch, "set_num_threads", calls.append)
     monkeypatch.setattr(data.signal, "signal", lambda *arguments: calls.append(arguments))
-    data._init_worker(0)
+    data.init_worker(0)
     assert calls == [1, (signal.SIGINT, signal.SIG_IGN)]
 
 

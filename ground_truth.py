@@ -1,0 +1,223 @@
+"""Ground truth of Oxford5k and Paris6k: the images, the queries with their boxes, the right answers.
+
+As published with the data sets: `list_database` lists CITY/jpg and `read_queries` reads CITY/lab;
+`read_revisited` reads the pickle of the revisited protocol (Radenovic et al., CVPR 2018) without running it.
+"""
+
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import data
+from util import UserError
+
+# Truncated files of Paris6k: the benchmark leaves them out, wherever it lists them.
+CORRUPT = frozenset(
+    f"paris_{name}"
+    for name in (
+        "louvre_000136", "louvre_000146", "moulinrouge_000422", "museedorsay_001059", "notredame_000188",
+        "pantheon_000284", "pantheon_000960", "pantheon_000974", "pompidou_000195", "pompidou_000196",
+        "pompidou_000201", "pompidou_000467", "pompidou_000640", "sacrecoeur_000299", "sacrecoeur_000330",
+        "sacrecoeur_000353", "triomphe_000662", "triomphe_000833", "triomphe_000863", "triomphe_000867",
+    )
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Query:
+    """image: name of the image the box is cut from; lists: 'ok', 'good', 'junk' (or 'easy', ...) -> names."""
+
+    name: str
+    image: str
+    box: tuple[float, float, float, float]
+    lists: dict[str, list[str]]
+
+
+def list_database(folder: Path) -> dict[str, Path]:
+    """Name -> path of every image in FOLDER/jpg (sub-folders too), sorted, without the corrupt ones."""
+    if not (folder / "jpg").is_dir():
+        raise UserError(f"jpg/ is missing in {folder} (expected the images in {folder}/jpg)")
+    images = data.list_images(folder / "jpg")
+    found: dict[str, Path] = {}
+    for path in map(images.path, range(len(images))):
+        if path.stem in found:
+            raise UserError(f"{path} and {found[path.stem]} have the same name; keep one of them")
+        if path.stem not in CORRUPT:
+            found[path.stem] = path
+    if not found:
+        raise UserError(f"{folder}/jpg holds none but images that the benchmark leaves out")
+    return dict(sorted(found.items()))
+
+
+def read_queries(folder: Path, known: Iterable[str]) -> list[Query]:
+    """The queries of FOLDER/lab in order of their names. `known`: the images of the database.
+
+    Corrupt images are dropped from the lists. Raises UserError for a missing lab/, no query at all, a file
+    that is missing or malformed, a listed image that is absent, and a query without a right answer.
+    """
+    lab = folder / "lab"
+    if not lab.is_dir():
+        raise UserError(f"lab/ is missing in {folder} (expected <query>_query.txt, _ok, _good and _junk.txt)")
+    files = sorted(lab.glob("*_query.txt"))
+    if not files:
+        raise UserError(f"{lab} holds no query (expected files <query>_query.txt)")
+    known = set(known)
+    return [_read_query(file, known) for file in files]
+
+
+def _read_query(file: Path, known: set[str]) -> Query:
+    name = file.name.removesuffix("_query.txt")
+    words = _words(file)
+    try:
+        image, box = words[0].removeprefix("oxc1_"), tuple(float(word) for word in words[1:])
+    except (IndexError, ValueError):
+        box = ()
+    if len(box) != 4:
+        raise UserError(f"{file}: expected one line: image name, x min, y min, x max, y max")
+    lists = {}
+    for kind in ("ok", "good", "junk"):
+        path = file.with_name(f"{name}_{kind}.txt")
+        names = [word for word in _words(path) if word not in CORRUPT]
+        check_known(path, names, known)
+        lists[kind] = names
+    check_known(file, [image], known)
+    if not lists["ok"] + lists["good"]:
+        raise UserError(f"{file}: no right answer, {name}_ok.txt and {name}_good.txt are empty")
+    return Query(name, image, box, lists)
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing (each query needs _query, _ok, _good and _junk.txt)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from error
+
+
+def check_known(source: Path, names: Iterable[str], known: set[str]) -> None:
+    """Raise UserError, naming the file `source`, for the first of `names` that is not among `known`."""
+    for name in names:
+        if name not in known:
+            raise UserError(f"{source}: lists the image {name}, which is absent from jpg/")
+
+
+# -------------------------------------------------------------------------------- ground truth, revisited
+
+
+class _Array:
+    """Stands for a numpy array while a pickle is read: numbers of a plain type, or nothing."""
+
+    def __init__(self, *_: Any):
+        self.values: list = []
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, _, raw = state
+        if len(shape) > 1:
+            raise pickle.UnpicklingError("an array of more than one dimension")
+        self.values = _numbers(raw, dtype)
+
+
+class _DType:
+    """Stands for a numpy dtype of integers, floats or booleans."""
+
+    def __init__(self, kind: str, *_: Any):
+        if not re.fullmatch("[iufb][1248]", kind):
+            raise pickle.UnpicklingError(f"an array of {kind}")
+        self.kind, self.order = kind, "<"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = {"|": "<", "<": "<", ">": ">"}[state[1]]
+
+
+def _numbers(raw: bytes | str, dtype: _DType) -> list:
+    """The bytes of an array as a list of numbers (Python 2 wrote bytes as text)."""
+    raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
+    return np.frombuffer(raw, np.dtype(dtype.order + dtype.kind)).tolist()
+
+
+def _from_buffer(raw: bytes, dtype: _DType, shape: tuple, _: str) -> _Array:
+    """How pickle protocol 5 writes an array."""
+    array = _Array()
+    array.__setstate__((1, shape, dtype, False, raw))
+    return array
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """How protocols below 3 write bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text in {encoding}")
+    return text.encode("latin1")
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, text, numbers and numpy arrays of numbers; nothing from the file is ever executed.
+
+    The few names that numpy's pickles ask for are answered by the stand-ins above, every other is refused.
+    """
+
+    ALLOWED = {  # noqa: RUF012
+        ("multiarray", "_reconstruct"): _Array,
+        ("multiarray", "scalar"): lambda dtype, raw: _numbers(raw, dtype)[0],
+        ("numeric", "_frombuffer"): _from_buffer,
+        ("numpy", "ndarray"): _Array,
+        ("numpy", "dtype"): _DType,
+        ("_codecs", "encode"): _latin1,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        short = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
+        if (short, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.ALLOWED[short, name]
+
+
+def read_revisited(path: Path, known: Iterable[str]) -> tuple[list[str], list[Query]]:
+    """The database (names) and queries of a gnd_r<city>.pkl of Radenovic et al., CVPR 2018.
+
+    It holds 'imlist' and 'qimlist' (names) and 'gnd', for each query a dict of 'bbx' and of 'easy', 'hard'
+    and 'junk', which are indexes into imlist. Raises UserError for a missing file, one that is anything else
+    than such plain data, and for a listed image that is absent.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = PlainUnpickler(file, encoding="latin1").load()
+        names, query_names = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
+        queries = [
+            _revisited_query(name, truth, names)
+            for name, truth in zip(query_names, content["gnd"], strict=True)
+        ]
+    except OSError as error:
+        raise UserError(f"--gnd {path}: {error.strerror or error}") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"--gnd {path}: refused, its pickle is more than plain data ({error})") from error
+    except Exception as error:  # a hostile or foreign file fails in any way
+        raise UserError(
+            f"--gnd {path}: not a ground truth of the revisited protocol ({type(error).__name__}: {error})"
+        ) from error
+    if not queries:
+        raise UserError(f"--gnd {path}: holds no query")
+    check_known(path, names + query_names, set(known))
+    return names, queries
+
+
+def _revisited_query(name: str, truth: dict[str, Any], names: list[str]) -> Query:
+    box = tuple(float(value) for value in _plain(truth["bbx"]))
+    if len(box) != 4:
+        raise ValueError(f"the box of {name} has {len(box)} numbers")
+    lists = {}
+    for kind in ("easy", "hard", "junk"):
+        indexes = [int(i) for i in _plain(truth[kind])]
+        if any(not 0 <= i < len(names) for i in indexes):
+            raise ValueError(f"{kind} of {name} reaches beyond the list of images")
+        lists[kind] = [names[i] for i in indexes]
+    return Query(name, name, box, lists)
+
+
+def _plain(values: Any) -> Iterable:
+    return values.values if isinstance(values, _Array) else values
