@@ -394,13 +394,17 @@ class Run:
     def cluster(self, features: np.ndarray) -> None:
         """PCA-whitening, L2, clustering; logs the assignment against the last one and the classes."""
         args, start, previous = self.args, time.monotonic(), self.assignment
+        progress = Progress(2, f"epoch {self.epoch} clustering", unit="step", log=self.log)
+        progress.update(0, "PCA-whitening")
         self.whitening, x = clustering.preprocess(features, PCA_DIM, self.device)
         if x.shape[1] < PCA_DIM:
             self.log(f"PCA keeps {x.shape[1]} dimensions: the features have no more (the paper: {PCA_DIM})")
         middle = time.monotonic()
+        progress.update(1, args.clustering)
         cluster = clustering.CLUSTERINGS[args.clustering]
         seed = derive_seed(args.seed, "clustering", self.epoch)
         self.assignment = cluster(x, k=args.nmb_cluster, seed=seed, device=self.device)
+        progress.clear()
         self.clustered = True
         self.record["seconds"] |= {"pca": middle - start, "clustering": time.monotonic() - middle}
         self.record |= {

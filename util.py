@@ -209,10 +209,14 @@ class Progress:
             self.last_line = now
             self.log.to_file(self.line(note)) if self.terminal else self.log(self.line(note))
 
+    def clear(self) -> None:
+        """Wipe the bar off the terminal."""
+        if self.terminal:
+            print("\r\033[K", end="", flush=True)
+
     def close(self, note: str = "") -> None:
         """Replace the bar by one last line: how many, how long, how fast."""
-        if self.terminal:
-            print("\r\033[K", end="")
+        self.clear()
         rate = self.done / max(self.seconds, 1e-9)
         line = f"{self.label} {self.done}/{self.total} in {clock(self.seconds)}, {rate:.0f} {self.unit}/s"
         self.log(f"{line}  {note}".rstrip())

@@ -1,0 +1,100 @@
+import os
+import sys
+
+import pytest
+import torch
+
+import util
+from util import UserError
+
+
+def test_seeds_depend_on_every_item_and_on_nothing_else():
+    seeds = [
+        util.derive_seed(31, "crop", 0, 1),
+        util.derive_seed(31, "crop", 1, 0),
+        util.derive_seed(31, "head", 0, 1),
+        util.derive_seed(30, "crop", 0, 1),
+    ]
+    assert len(set(seeds)) == 4 and all(0 <= seed < 2**63 for seed in seeds)
+    torch.manual_seed(5)
+    assert util.derive_seed(31, "crop", 0, 1) == seeds[0]
+    assert util.derive_seed(31, "crop") == 5995406631238704700  # an old run's draws stay what they were
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ValueError), util.atomic_write(path) as file:
+        file.write("half")
+        raise ValueError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+    with util.atomic_write(path) as file:
+        file.write("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    with (
+        pytest.raises(UserError, match=r"cannot write .*missing"),
+        util.atomic_write(tmp_path / "missing" / "b"),
+    ):
+        pass
+
+
+def test_progress_says_how_much_how_fast_and_how_long_still(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(util.time, "monotonic", lambda: now[0])
+    progress = util.Progress(1281167, "features")
+    now[0] += 10
+    progress.update(14310)
+    assert progress.line("x") == "features 14310/1281167  1431 img/s  eta 14:45  x"
+    now[0] += 10
+    assert progress.line().endswith("716 img/s  eta 29:31")
+
+
+def test_plain_lines_come_now_and_then_where_there_is_no_terminal(monkeypatch, capsys, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(util.time, "monotonic", lambda: now[0])
+    progress = util.Progress(100, "features", log=util.Log(tmp_path / "log"), every=30)
+    for _ in range(100):
+        now[0] += 1
+        progress.update(1)
+    progress.close("done")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["31/100", "62/100", "93/100", "100/100"]
+    assert lines[-1] == "features 100/100 in 1:40, 1 img/s  done"
+    written = (tmp_path / "log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in written] == lines
+
+
+def test_a_terminal_gets_one_line_that_is_rewritten(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    progress = util.Progress(10, "features", log=util.Log())
+    progress.update(3)
+    progress.close()
+    out = capsys.readouterr().out
+    assert out.startswith("\r\033[Kfeatures 3/10") and out.count("\n") == 1
+
+
+def test_meter_is_weighted_by_the_number_of_items():
+    meter = util.AverageMeter()
+    meter.update(1.0, 3)
+    meter.update(5.0, 1)
+    assert meter.avg == 2.0
+
+
+def test_clock():
+    assert [util.clock(s) for s in (5, 65, 3665)] == ["0:05", "1:05", "1:01:05"]
+
+
+def test_device_defaults_to_what_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert util.choose_device(None) == torch.device("cpu")
+    with pytest.raises(UserError, match=r"use --device cpu"):
+        util.choose_device("cuda")
+    for name in ("gpu", "mps"):
+        with pytest.raises(UserError, match=name):
+            util.choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert util.choose_device(None) == torch.device("cuda")
+    with pytest.raises(UserError, match=r"has 2 GPU"):
+        util.choose_device("cuda:2")
