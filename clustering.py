@@ -26,7 +26,7 @@ from util import UserError
 
 KMEANS_ITERATIONS = 20
 # Rows are taken in chunks of this many bytes of float64: small beside the features, large enough for BLAS.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 # ---------------------------------------------------------------------------------------- PCA-whitening
 
@@ -34,7 +34,9 @@ CHUNK_BYTES = 16 * 2**20
 # or for float32 the error that a forward pass in float32 makes (about 2e-6 of the feature).
 RELATIVE_NOISE = {np.dtype(np.float16): 1e-3, np.dtype(np.float32): 2e-6}
 # The covariance is held as a pile of stripes of so many rows, each reaching just beyond the diagonal.
-STRIPE_ROWS = 256
+STRIPE_ROWS = 128
+# What Lanczos may hold beside the vectors asked for: more means fewer restarts.
+SPARE_VECTORS = 96
 
 
 @dataclass
@@ -247,17 +249,23 @@ def _eigen_iterative(
         x = torch.from_numpy(vector.reshape(-1).copy())
         product = torch.zeros_like(x)
         for rows, stripe in stripes:
-            product[rows] += stripe @ x[: rows.stop]
-            product[: rows.start] += stripe[:, : rows.start].T @ x[rows]
+            product[rows].addmv_(stripe, x[: rows.stop])
+            product[: rows.start].addmv_(stripe[:, : rows.start].T, x[rows])
         return product.numpy()
 
-    values, vectors = scipy.sparse.linalg.eigsh(
-        scipy.sparse.linalg.LinearOperator((size, size), matvec=multiply, dtype=np.float64),
-        k=count,
-        ncv=2 * count + 1,
-        tol=1e-10,
-        v0=np.random.default_rng(0).standard_normal(size),
-    )
+    threads = torch.get_num_threads()
+    # The products wait for memory, and short as they are a second thread on a busy core slows them sevenfold.
+    torch.set_num_threads(1)
+    try:
+        values, vectors = scipy.sparse.linalg.eigsh(
+            scipy.sparse.linalg.LinearOperator((size, size), matvec=multiply, dtype=np.float64),
+            k=count,
+            ncv=min(size, count + SPARE_VECTORS),
+            tol=1e-10,
+            v0=np.random.default_rng(0).standard_normal(size),
+        )
+    finally:
+        torch.set_num_threads(threads)
     return torch.from_numpy(values[::-1].copy()), torch.from_numpy(vectors[:, ::-1].copy())
 
 

@@ -19,10 +19,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
-import reference
-
 import clustering
+from tests import reference
 
 SAMPLE = 2000  # rows whose inner products are compared
 

@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests"))
-import reference
-
 from clustering import nearest_neighbours, pic_labels
+from tests import reference
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -8,15 +8,16 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-import reference
 from sklearn.datasets import make_moons
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 import clustering
 from clustering import (
     CLUSTERINGS,
+    Assignment,
     PCAWhitening,
     assign,
+    cluster_sizes,
     compare,
     fit_pca,
     kmeans,
@@ -26,6 +27,7 @@ from clustering import (
     pic_labels,
     preprocess,
 )
+from tests import reference
 from util import UserError
 
 
@@ -260,6 +262,22 @@ def test_empty_clusters_keep_their_ids():
     for cluster, members in enumerate(lists):
         assert members == np.flatnonzero(result.labels == cluster).tolist()
         assert all(type(member) is int for member in members)
+
+
+def test_an_assignment_survives_its_state():
+    result = kmeans(blobs(60, 4, 3, 0.5), 5, seed=0)
+    again = Assignment.from_state_dict(result.state_dict())
+    assert (again.num_clusters, again.objective) == (5, result.objective)
+    for field in ("labels", "distances", "centroids"):
+        ours, theirs = getattr(result, field), getattr(again, field)
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+
+
+def test_cluster_sizes_are_those_of_the_non_empty_clusters():
+    labels = np.array([0, 0, 0, 0, 2, 2, 4, 4])
+    found = cluster_sizes(Assignment(labels, 6, 0.0, np.zeros(8, np.float32), np.zeros((6, 2), np.float32)))
+    assert (found["nonempty"], found["min"], found["median"], found["max"]) == (3, 2, 2, 4)
+    assert found["entropy"] == pytest.approx(1.5 * np.log(2))
 
 
 @pytest.mark.parametrize("k", [1, 10])

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import reference
 
-from sampling import released_draws, uniform_draws
+from sampling import DrawSampler, released_draws, uniform_draws
+from tests import reference
 
 
 def labels_of_sizes(*sizes: int, seed: int = 0) -> np.ndarray:
@@ -86,3 +86,11 @@ def test_released_draws_favour_large_clusters():
 def test_labels_that_are_none_are_refused(labels):
     with pytest.raises(ValueError, match="cannot draw"):
         uniform_draws(np.array(labels, dtype=np.int64), 10, seed=0)
+
+
+def test_a_sampler_tells_the_position_and_starts_where_it_is_told():
+    draws = np.array([7, 3, 3, 9])
+    assert list(DrawSampler(draws)) == [(0, 7), (1, 3), (2, 3), (3, 9)]
+    late = DrawSampler(draws, first=2)
+    assert list(late) == [(2, 3), (3, 9)] and len(late) == 2
+    assert list(DrawSampler(draws, first=9)) == [] and len(DrawSampler(draws, first=9)) == 0
