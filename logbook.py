@@ -87,7 +87,7 @@ def continue_logs(exp: Path, origin: Path, clusters_size: int, epoch: int) -> Cl
     copied over first.
     """
     if origin.resolve() != exp.resolve():
-        for name in ("clusters", "log.jsonl", "skipped.txt"):
+        for name in ("clusters", "log.jsonl"):
             if (origin / name).is_file():
                 shutil.copyfile(origin / name, exp / name)
     keep_lines_before(exp / "log.jsonl", epoch)

@@ -243,7 +243,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def open_exp(args: argparse.Namespace) -> Path:
     """The folder of the run; it must be writable, and empty of other runs unless this one is resumed."""
     exp = Path(args.exp)
-    if args.resume is None:
+    if args.resume is None or run_folder(args.resume).resolve() != exp.resolve():
         for name in ("checkpoint.pth.tar", "clusters", "log.jsonl", "checkpoints/checkpoint_0.pth.tar"):
             if (exp / name).exists():
                 raise UserError(
@@ -255,14 +255,20 @@ def open_exp(args: argparse.Namespace) -> Path:
     return exp
 
 
+def run_folder(path: str | Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    folder = Path(path).parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def open_images(
     args: argparse.Namespace, saved: dict[str, Any] | None, exp: Path, log: Log
 ) -> data.ImageList:
     """The images of the run: listed, enough for k, their headers checked, as many as the resumed run had."""
     images = data.list_images(args.dir)
     check_enough(images, args)
-    if saved is not None:
-        images = drop(images, np.isin(list(images.paths), saved.get("skipped", [])))
+    if saved is not None and saved.get("skipped"):
+        images = drop(images, np.isin(list(images.paths), saved["skipped"]))
     cores = os.cpu_count() or 1
     if args.workers > cores:
         log(f"warning: --workers {args.workers}, but this machine has {cores} core(s); {cores} would do")
@@ -291,8 +297,10 @@ def leave_out_bad(
     if not bad:
         return images
     names = exp / "bad_images.txt"
+    lines = names.read_text(encoding="utf-8").splitlines() if names.is_file() else []
+    lines += [f"{images.path(i)}\t{reason}" for i, reason in bad]
     with atomic_write(names) as file:
-        file.writelines(f"{images.path(i)}\t{reason}\n" for i, reason in bad)
+        file.writelines(f"{line}\n" for line in dict.fromkeys(lines))
     if not args.skip_bad_images:
         some = "; ".join(f"{images.path(i)}: {reason}" for i, reason in bad[:10])
         more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
@@ -561,8 +569,8 @@ class Run:
         self.position, self.iteration = saved["position"], saved["iteration"]
         self.record, self.skipped = saved["record"], saved["skipped"]
         self.meter.sum, self.meter.count = saved["loss"]["sum"], saved["loss"]["count"]
-        origin = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-        self.cluster_log = logbook.continue_logs(self.exp, origin, saved["clusters_size"], self.epoch)
+        size = saved["clusters_size"]
+        self.cluster_log = logbook.continue_logs(self.exp, run_folder(path), size, self.epoch)
         self.write_csv()
         self.log(f"resuming {path} in epoch {self.epoch} after {self.iteration} iterations")
 

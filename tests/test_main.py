@@ -233,8 +233,11 @@ def test_resuming_on_other_images_or_from_nothing_is_an_error(photos, finished, 
     checkpoint.save(tmp_path / "released.tar", {"state_dict": models.build("tiny", True, 8).state_dict()})
     with pytest.raises(UserError, match=r"--init"):
         train(photos, tmp_path / "c", "--resume", tmp_path / "released.tar")
+    other = shutil.copytree(finished, tmp_path / "d")
     with pytest.raises(UserError, match=r"another run"):
-        train(photos, shutil.copytree(finished, tmp_path / "d"))
+        train(photos, other)
+    with pytest.raises(UserError, match=r"another run"):  # nor are its files overwritten by those of a third
+        train(photos, other, "--resume", finished / "checkpoint.pth.tar")
 
 
 # ------------------------------------------------------------------------------- what training does
