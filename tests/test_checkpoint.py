@@ -105,7 +105,7 @@ def test_init_takes_everything_but_the_head(tmp_path, net):
     fresh = models.build("alexnet", sobel=True, num_clusters=3, seed=9)
     head = fresh.top_layer.weight.clone()
     checkpoint.init_weights(fresh, path)
-    assert torch.equal(fresh.features[4].running_mean, net.features[4].running_mean)
+    assert torch.equal(fresh.features[5].running_mean, net.features[5].running_mean)
     assert torch.equal(fresh.classifier[4].weight, net.classifier[4].weight)
     assert torch.equal(fresh.top_layer.weight, head)
     with pytest.raises(UserError, match="with Sobel, the run is alexnet without Sobel"):
