@@ -476,8 +476,8 @@ def pic_labels(
     edges = scipy.sparse.csr_array(
         (affinity.ravel(), neighbours.ravel(), np.arange(0, n * nnn + 1, nnn)), shape=(n, n)
     )
-    w = (edges + edges.T).tocsr()
-    w.sort_indices()
+    transposed = edges.T.tocsr()  # its rows come out sorted, and so do those of its own transpose
+    w = transposed + transposed.T.tocsr()
     ends = _follow(_steepest_neighbour(w, _power_iteration(w, alpha, niter)))
     return _by_first_row(_absorb_single_rows(ends, neighbours))
 
@@ -543,11 +543,14 @@ def _absorb_single_rows(labels: np.ndarray, neighbours: np.ndarray) -> np.ndarra
 
 
 def _by_first_row(labels: np.ndarray) -> np.ndarray:
-    """Number the clusters 0, 1, ... in the order in which they first appear."""
-    _, first, compact = np.unique(labels, return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int64)
-    rank[np.argsort(first)] = np.arange(len(first))
-    return rank[compact]
+    """Number the clusters 0, 1, ... in the order in which they first appear; labels (n,) are in [0, n)."""
+    n = len(labels)
+    first = np.full(n, n)
+    first[labels[::-1]] = np.arange(n)[::-1]  # of several rows the one written last, the first
+    clusters = np.flatnonzero(first < n)
+    number = np.empty(n, np.int64)
+    number[clusters[np.argsort(first[clusters])]] = np.arange(len(clusters))
+    return number[labels]
 
 
 def _centroids(x: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
