@@ -167,7 +167,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     group.add_argument("--tensorboard", action="store_true", help="also write EXP/tensorboard")
     group.add_argument("--verbose", action="store_true", help="chatty")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(args: argparse.Namespace) -> None:
@@ -215,13 +215,11 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--arch {args.arch}: unknown; choose one of {', '.join(models.ARCHITECTURES)}")
     if args.clustering == "Kmeans" and args.nmb_cluster < 2:
         raise UserError(f"--nmb_cluster {args.nmb_cluster}: k-means needs at least 2 clusters")
-    for name, smallest in (
-        ("batch", 1), ("epochs", 1), ("checkpoints", 1), ("start_epoch", 0), ("workers", 0), ("seed", 0),
-        ("image_size", 16),
-    ):  # fmt: skip
-        if getattr(args, name) < smallest:
-            raise UserError(f"--{name.replace('image_size', 'image-size')} {getattr(args, name)}: "
-                            f"must be at least {smallest}")  # fmt: skip
+    smallest = {"batch": 1, "epochs": 1, "checkpoints": 1, "start_epoch": 0, "workers": 0, "seed": 0}
+    for name, least in (smallest | {"image_size": 16}).items():
+        flag, value = f"--{name.replace('image_size', 'image-size')}", getattr(args, name)
+        if value < least:
+            raise UserError(f"{flag} {value}: must be at least {least}")
     if not (math.isfinite(args.lr) and args.lr > 0):
         raise UserError(f"--lr {args.lr}: must be a positive number (the paper: 0.05)")
     if not 0 <= args.momentum < 1:
