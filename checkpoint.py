@@ -22,7 +22,10 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     A kill or a full disk leaves the last good file. Raises UserError where the file cannot be written.
     """
     with atomic_write(path, "wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch's zip writer makes of a write that failed
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def run_main(main: Callable[[argparse.Namespace], Any], parser: argparse.Argumen
     args = parser.parse_args()
     try:
         main(args)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that went away
         sys.exit(fail(f"{parser.prog}: {error}"))
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)

@@ -1,5 +1,6 @@
 import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -112,15 +113,16 @@ def test_init_takes_everything_but_the_head(tmp_path, net):
         checkpoint.init_weights(models.build("alexnet", sobel=False, seed=1), path)
 
 
-def test_a_kill_or_a_full_disk_while_saving_leaves_the_last_good_file(tmp_path):
+def test_a_write_that_fails_is_one_line_and_leaves_the_last_good_file(tmp_path):
+    """A limit on the size of files stands for a full disk: the write fails in the middle of a tensor."""
     path = tmp_path / "checkpoint.pth.tar"
     checkpoint.save(path, {"epoch": 1})
-
-    class Unsavable:
-        def __reduce__(self):
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match=r"cannot write .*No space left"):
-        checkpoint.save(path, {"epoch": 2, "x": Unsavable()})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: File too large"):
+            checkpoint.save(path, {"epoch": 2, "weights": torch.zeros(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoint.read(path) == {"epoch": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth.tar"]
