@@ -123,7 +123,6 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--exp", default="exp", metavar="EXP", help="folder for results.json (default: exp)")
     group.add_argument("--temp", default=None, help="folder for descriptors (default: EXP/retrieval)")
     group.add_argument("--workers", type=int, default=4, help="number of data loading workers (default: 4)")
-    group.add_argument("--seed", type=int, default=31, help="unused: nothing here is random (default: 31)")
     add_device_argument(group)
     return parser
 

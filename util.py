@@ -175,7 +175,7 @@ class Progress:
     """How much, how fast, how long still: `features 12800/1281167  1431 img/s  eta 14:46`.
 
     On a terminal the line is rewritten in place; elsewhere, and in the log's file, a plain line comes every
-    `every` seconds and at the end. Use `total=None` for work whose length is unknown.
+    `every` seconds and at the end.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clustering import compare
 from sampling import uniform_draws
+from tests import reference
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -29,19 +30,6 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--clusters", type=int, default=10000, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     return parser
-
-
-def plain_draws(members: list[list[int]], total: int, seed: int) -> np.ndarray:
-    """The uniform sampler as one would write it: `members` are the images of each cluster."""
-    rng = np.random.default_rng(seed)
-    members = [cluster for cluster in members if cluster]
-    each = int(total / len(members)) + 1
-    draws = np.array([], dtype=np.int64)
-    for cluster in members:
-        part = rng.choice(cluster, each, replace=len(cluster) <= each)
-        draws = np.concatenate((draws, part))
-    rng.shuffle(draws)
-    return draws[:total]
 
 
 def taken(call: Callable[[], object]) -> float:
@@ -62,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     members = [part.tolist() for part in parts]
     plain, ours, agreement = [], [], []
     for seed in range(args.rounds):
-        plain.append(taken(lambda seed=seed: plain_draws(members, args.images, seed)))
+        plain.append(taken(lambda seed=seed: reference.draws_of_members(members, args.images, seed)))
         ours.append(taken(lambda seed=seed: uniform_draws(labels, args.images, seed)))
         agreement.append(taken(lambda: compare(labels, other)))
     print(f"{args.images} images, {args.clusters} clusters, minimum of {args.rounds}")

@@ -92,11 +92,16 @@ def pic_labels(
 
 
 def uniform_draws(labels: np.ndarray, total: int, seed: int) -> np.ndarray:
-    """The uniform sampler cluster by cluster: as many draws from each, one shuffle, cut to `total`."""
-    rng = np.random.default_rng(seed)
+    """The uniform sampler cluster by cluster, from labels (N,)."""
     members: list[list[int]] = [[] for _ in range(labels.max() + 1)]
     for index, label in enumerate(labels.tolist()):
         members[label].append(index)
+    return draws_of_members(members, total, seed)
+
+
+def draws_of_members(members: list[list[int]], total: int, seed: int) -> np.ndarray:
+    """As many draws from each cluster, `members` being the images of each; one shuffle, cut to `total`."""
+    rng = np.random.default_rng(seed)
     members = [cluster for cluster in members if cluster]
     each = int(total / len(members)) + 1
     draws = np.array([], dtype=np.int64)
