@@ -15,6 +15,8 @@ import models
 from models import DeepClusterNet
 from util import UserError, atomic_write
 
+CLUSTERING = "clustering.pth.tar"  # EXP/...: network, PCA and centroids of the moment of the last clustering
+
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings and containers of them) beside `path` and rename.

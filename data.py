@@ -98,6 +98,10 @@ class ImageList:
         """The full path of image i."""
         return self.root / self.paths[i]
 
+    def decode(self, i: int) -> torch.Tensor:
+        """Image i as `decode` gives it: (3, H, W) uint8 RGB, upright. Raises ImageError."""
+        return decode(self.path(i))
+
     def keep(self, mask: np.ndarray) -> "ImageList":
         """The images where mask (N,) bool is true, in the same order; class ids keep their meaning."""
         mask = np.asarray(mask, dtype=bool)
@@ -133,7 +137,7 @@ def list_images(source: str | Path) -> ImageList:
         root, paths = _read_path_list(source)
     else:
         raise UserError(f"{source} does not exist (expected a folder of images or a text file of paths)")
-    return ImageList(root, paths, *_classes(paths))
+    return ImageList(root, paths, *classes_of(paths))
 
 
 def _scan(root: Path) -> list[str]:
@@ -197,8 +201,11 @@ def _read_path_list(source: Path) -> tuple[Path, list[str]]:
     return Path(root), [path[len(root) :].lstrip("/") for path in full]
 
 
-def _classes(paths: list[str]) -> tuple[np.ndarray | None, list[str] | None]:
-    """Class ids (N,) int64 and sorted class names from relative paths; (None, None) where there are none."""
+def classes_of(paths: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """Class ids (N,) int64 and sorted class names from relative paths; (None, None) where there are none.
+
+    Classes are the first-level folders, if there are two or more and no path lies beside them.
+    """
     first = [path.split("/", 1)[0] if "/" in path else "" for path in paths]
     names = sorted(set(first))
     if len(names) < 2 or names[0] == "":
@@ -366,7 +373,7 @@ def check_headers(images: ImageList, workers: int) -> list[tuple[int, str]]:
 def broken_reason(images: ImageList, i: int) -> str | None:
     """Decode image i again and say why it cannot be decoded; None if it can."""
     try:
-        decode(images.path(i))
+        images.decode(i)
     except ImageError as error:
         return error.reason
     return None
@@ -457,7 +464,7 @@ class CentralView(Dataset):
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
         try:
-            return self.transform(decode(self.images.path(i))), i
+            return self.transform(self.images.decode(i)), i
         except ImageError:
             blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
             return self.transform(blank), -1 - i
@@ -483,7 +490,7 @@ class TrainView(Dataset):
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int]:
         position, i = item
-        image = decode(self.images.path(i))
+        image = self.images.decode(i)
         # As torch.random.fork_rng and manual_seed, but those would also seed CUDA (and take 10 us longer).
         before = torch.get_rng_state()
         try:

@@ -13,7 +13,7 @@ its classes.
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import faiss
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 import clustering
 import data
 import evaluation
-from features import PRECISIONS, fold_batch_norm, set_precision
+from features import PRECISIONS, Forward, activation_batches, eval_forward, set_precision
 from models import FEATURE, DeepClusterNet
 from util import (
     Log,
@@ -49,8 +49,6 @@ GPU_NEIGHBOURS = 2048  # the most that Faiss finds on a GPU
 GPU_BYTES = 4 * 2**30  # of train, and of val, on the GPU at once
 VOTE_ROWS = 4096  # images whose votes are held at once
 PIXELS = "pixels"
-
-Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -134,7 +132,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     ]
     results = []
     for name, net in networks.items():
-        forward = pixels_forward() if net is None else network_forward(net, layers, device)
+        forward = pixels_forward() if net is None else eval_forward(net.to(device), layers)
         of_train = extract(forward, train, loaders[0], device, args.precision, f"{name}: train/", log)
         of_val = extract(forward, val, loaders[1], device, args.precision, f"{name}: val/", log)
         for layer, (x, size) in of_val.items():
@@ -190,12 +188,6 @@ def cap_neighbours(ks: list[int], num_train: int, log: Log) -> list[int]:
 # ------------------------------------------------------------------------------- features
 
 
-def network_forward(net: DeepClusterNet, layers: list[str], device: torch.device) -> Forward:
-    """Normalised images -> the activations of `layers`, all from one pass."""
-    folded = fold_batch_norm(net.eval().to(device)).to(memory_format=torch.channels_last)
-    return lambda images: folded.activations(images, layers)
-
-
 def pixels_forward() -> Forward:
     """Normalised images as they are."""
     return lambda images: {PIXELS: images}
@@ -209,7 +201,6 @@ def central_views(
     return data.make_loader(view, batch, workers, pin_memory=device.type == "cuda")
 
 
-@torch.inference_mode()
 def extract(
     forward: Forward,
     images: data.ImageList,
@@ -225,17 +216,15 @@ def extract(
     """
     progress = Progress(len(images), label, log=log)
     found: dict[str, tuple[np.ndarray, str]] = {}
-    with set_precision(precision, device):
-        for views, index in loader:
-            refuse_broken(images, index)
-            x = data.normalise(views.to(device, non_blocking=True))
-            for layer, activation in forward(x.contiguous(memory_format=torch.channels_last)).items():
-                values, size = flatten(activation.float())
-                refuse_not_finite(values, layer, images, index)
-                if layer not in found:
-                    found[layer] = np.empty((len(images), values.shape[1]), np.float32), size
-                found[layer][0][index.numpy()] = values.cpu().numpy()
-            progress.update(len(index))
+    for activations, index in activation_batches(forward, loader, device, precision):
+        refuse_broken(images, index)
+        for layer, activation in activations.items():
+            values, size = flatten(activation)
+            refuse_not_finite(values, layer, images, index)
+            if layer not in found:
+                found[layer] = np.empty((len(images), values.shape[1]), np.float32), size
+            found[layer][0][index.numpy()] = values.cpu().numpy()
+        progress.update(len(index))
     progress.close()
     return {layer: (clustering.normalise_rows(rows), size) for layer, (rows, size) in found.items()}
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from models import DeepClusterNet
 from util import Progress, UserError
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+
+Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # normalised images -> named activations
 
 
 def set_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
@@ -57,7 +59,31 @@ def fold_batch_norm(net: DeepClusterNet) -> DeepClusterNet:
     return folded
 
 
+def eval_forward(net: DeepClusterNet, layers: list[str]) -> Forward:
+    """Normalised images -> the activations of `layers`, all from one pass of net in eval mode."""
+    folded = fold_batch_norm(net.eval()).to(memory_format=torch.channels_last)
+    return lambda images: folded.activations(images, layers)
+
+
 @torch.inference_mode()
+def activation_batches(
+    forward: Forward,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    device: torch.device,
+    precision: str = "fp32",
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """What `forward` gives for each batch of loader: ({name: (B, ...) float32 on device}, indexes (B,)).
+
+    loader yields (uint8 images (B, 3, S, S), indexes (B,)); an index -1 - i stands for image i that could not
+    be decoded (CentralView).
+    """
+    for images, index in loader:
+        with set_precision(precision, device):
+            x = normalise(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+            found = {name: value.float() for name, value in forward(x).items()}
+        yield found, index
+
+
 def extract_features(
     net: DeepClusterNet,
     loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
@@ -70,25 +96,20 @@ def extract_features(
 ) -> tuple[np.ndarray, list[int]]:
     """Activations of every image in data-set order, net in eval mode: (features (N, D), broken images).
 
-    loader yields (uint8 images (B, 3, S, S), indexes (B,)); an index -1 - i says that image i could not be
-    decoded: its row is zero and i is among the broken. Maps are flattened. The result is held once, in
-    dtype (float32 or float16), whatever the order in which batches come.
+    loader as for `activation_batches`; the row of a broken image is zero. Maps are flattened. The result is
+    held once, in dtype (float32 or float16), whatever the order in which batches come.
     """
     was_training = net.training
-    net.eval()
-    folded = fold_batch_norm(net).to(memory_format=torch.channels_last)
     features: np.ndarray | None = None
     broken: list[int] = []
-    with set_precision(precision, device):
-        for images, index in loader:
-            x = normalise(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            rows = folded.activations(x, [layer])[layer].flatten(1).float().cpu().numpy()
-            if features is None:
-                features = np.zeros((num_images, rows.shape[1]), dtype=dtype)
-            bad = index < 0
-            broken += (-1 - index[bad]).tolist()
-            features[index[~bad].numpy()] = rows[(~bad).numpy()]
-            if progress is not None:
-                progress.update(len(index))
+    for found, index in activation_batches(eval_forward(net, [layer]), loader, device, precision):
+        rows = found[layer].flatten(1).cpu().numpy()
+        if features is None:
+            features = np.zeros((num_images, rows.shape[1]), dtype=dtype)
+        bad = index < 0
+        broken += (-1 - index[bad]).tolist()
+        features[index[~bad].numpy()] = rows[(~bad).numpy()]
+        if progress is not None:
+            progress.update(len(index))
     net.train(was_training)
     return features, sorted(broken)

@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -186,6 +187,7 @@ def main(args: argparse.Namespace) -> None:
     if saved is not None:
         run.restore(saved)
     announce(run)
+    write_config(run)
     board = logbook.open_tensorboard(exp) if args.tensorboard else None
 
     if run.epoch >= args.epochs:
@@ -330,6 +332,21 @@ def announce(run: "Run") -> None:
         run.log("settings: " + "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
 
 
+def write_config(run: "Run") -> None:
+    """EXP/config.json: what was asked for, on which images, by which versions; pictures read it."""
+    logbook.write_json(run.exp / "config.json", {
+        "args": vars(run.args) | {"dir": os.path.abspath(run.args.dir)},
+        "images": {
+            "root": os.path.abspath(run.images.root),
+            "number": len(run.images),
+            "classes": run.images.class_names,
+        },
+        "device": str(run.device),
+        "versions": versions(),
+        "command": sys.argv,
+    })  # fmt: skip
+
+
 # ------------------------------------------------------------------------------- the run
 
 
@@ -426,15 +443,32 @@ class Run:
             if labels is not None:
                 scores = clustering.compare(self.assignment.labels, labels)
                 self.record |= {f"{name}_{what}": value for name, value in scores.items()}
-        self.write_assignment()
+        self.write_assignment(x)
         self.tell_clusters()
 
-    def write_assignment(self) -> None:
-        """Append to EXP/clusters and rewrite EXP/assignments.csv."""
+    def write_assignment(self, points: np.ndarray) -> None:
+        """Append to EXP/clusters, rewrite EXP/assignments.csv and EXP/clustering.pth.tar.
+
+        The last one is what assigning other images takes: PCA and centroids fit the weights of this moment,
+        which the training that follows changes. PIC has no centroids: its points (N, d) are kept, and an
+        image goes to the cluster of the nearest one.
+        """
         if self.cluster_log is None:
             self.cluster_log = logbook.ClusterLog(self.exp / "clusters")
         self.cluster_log.append(self.assignment.lists())
         self.write_csv()
+        weights = self.net.state_dict()
+        pic = self.args.clustering == "PIC"
+        checkpoint.save(self.exp / checkpoint.CLUSTERING, {
+            "epoch": self.epoch,
+            "arch": self.args.arch,
+            "state_dict": {name: w for name, w in weights.items() if not name.startswith("top_layer.")},
+            "whitening": self.whitening.state_dict(),
+            "assignment": self.assignment.state_dict(),
+            "points": torch.from_numpy(points) if pic else None,
+            "paths": list(self.images.paths),
+            "args": vars(self.args),
+        })  # fmt: skip
 
     def write_csv(self) -> None:
         logbook.write_assignments(

@@ -16,6 +16,7 @@ import clustering
 import data
 import eval_knn
 import models
+from features import eval_forward
 from util import Log, UserError
 
 CPU = torch.device("cpu")
@@ -224,7 +225,7 @@ def test_classes_told_by_colour_are_told_apart_in_every_network(evaluate, model,
 def test_features_are_the_networks_activations_in_data_set_order(folder, model):
     images = data.list_images(folder / "val")
     net = checkpoint.load_model(model)
-    forward = eval_knn.network_forward(net, ["conv3", "fc7.pre"], CPU)
+    forward = eval_forward(net, ["conv3", "fc7.pre"])
     loader = eval_knn.central_views(images, 64, batch=5, workers=0, device=CPU)
     found = eval_knn.extract(forward, images, loader, CPU, "fp32", "val", Log(quiet=True))
     assert list(found) == ["conv3", "fc7.pre"]
