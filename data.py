@@ -4,25 +4,30 @@ An image list names the files in a fixed order; image i is the i-th of it everyw
 carry their index: labels live in the main process as one array, gathered by index, so no worker holds them.
 """
 
-import contextlib
+import functools
 import hashlib
+import io
+import math
 import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from util import UserError, derive_seed
+
+if TYPE_CHECKING:
+    from cache import CropCache
 
 try:
     import simplejpeg
@@ -34,6 +39,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # The paper resizes the shorter side to 256 and crops 224; other sizes keep that proportion.
 RESIZE_RATIO = 256 / 224
+
+# Photographs whose shorter side reaches this may be decoded at half their size or less, on request.
+LARGE_SIDE = 1024
 
 # Formats that Pillow opens but that are not pictures made of pixels (EPS runs another program), and stubs.
 NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -77,6 +85,7 @@ class ImageList:
 
     root: folder the paths start from; paths: N relative paths; classes: (N,) int64 ids into class_names, or
     None where the folder has none. Classes serve logs and evaluations; DeepCluster never trains on them.
+    scaled, False unless set: decode large photographs at a fraction of their size (see `decode`).
     """
 
     def __init__(
@@ -90,6 +99,7 @@ class ImageList:
         self.paths = PackedPaths(paths)
         self.classes = classes
         self.class_names = class_names
+        self.scaled = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -98,16 +108,40 @@ class ImageList:
         """The full path of image i."""
         return self.root / self.paths[i]
 
+    def open(self, i: int) -> BinaryIO:
+        """The bytes of image i as a buffered file."""
+        return open(self.path(i), "rb")
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image i."""
+        return _read(os.path.join(self.root, self.paths[i]))
+
+    def stamps(self) -> np.ndarray:
+        """(N, 3) int64 that change when a file does: its size, mtime and ctime (ns); -1 where it is gone."""
+        stamps = np.full((len(self), 3), -1, dtype=np.int64)
+        for i in range(len(self)):
+            try:
+                status = os.stat(os.path.join(self.root, self.paths[i]))
+            except OSError:
+                continue
+            stamps[i] = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        return stamps
+
     def decode(self, i: int) -> torch.Tensor:
         """Image i as `decode` gives it: (3, H, W) uint8 RGB, upright. Raises ImageError."""
-        return decode(self.path(i))
+        try:
+            return _decode(self.read(i), self.scaled)
+        except Exception as error:
+            raise ImageError(self.path(i), _reason(error)) from error
 
     def keep(self, mask: np.ndarray) -> "ImageList":
         """The images where mask (N,) bool is true, in the same order; class ids keep their meaning."""
         mask = np.asarray(mask, dtype=bool)
         kept = [self.paths[i] for i in np.flatnonzero(mask)]
         classes = None if self.classes is None else self.classes[mask]
-        return ImageList(self.root, kept, classes, self.class_names)
+        images = ImageList(self.root, kept, classes, self.class_names)
+        images.scaled = self.scaled
+        return images
 
     def digest(self) -> str:
         """Hex digest of the relative paths in order: equal exactly when image i means the same file."""
@@ -233,38 +267,52 @@ class ImageError(UserError):
         super().__init__(f"{self.path}: {self.reason}")
 
 
-def decode(path: str | Path) -> torch.Tensor:
+def decode(path: str | Path, scaled: bool = False) -> torch.Tensor:
     """Decode an image file to (3, H, W) uint8 RGB, upright by its EXIF orientation, laid out as (H, W, 3).
 
     Any mode: alpha is dropped, 16-bit content is brought to 8 bit by >> 8, of an animation the first frame is
     taken. Raises ImageError for a file that is no image, is truncated, or holds more pixels than Pillow's
     limit against decompression bombs (2 * Image.MAX_IMAGE_PIXELS).
-    """
-    with _as_image_error(path), open(path, "rb") as file:
-        pixels = _decode_jpeg(file)
-        if pixels is None:
-            pixels = _decode_by_pillow(file)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
-
-@contextlib.contextmanager
-def _as_image_error(path: str | Path) -> Iterator[None]:
-    """Turn whatever goes wrong with a file into an ImageError that names it.
-
-    Pillow's decoders meet hostile bytes with nearly any exception (OSError, SyntaxError, struct.error, ...).
+    scaled: decode a JPEG with a shorter side of at least 1024 at a half, quarter or eighth of its size, so
+    that 512 pixels or more remain of that side: faster, but not the same pixels. Others are not affected.
     """
     try:
-        yield
-    except Exception as error:
-        raise ImageError(path, _reason(path, error)) from error
+        return _decode(_read(path), scaled)
+    except Exception as error:  # Pillow meets hostile bytes with nearly any of them
+        raise ImageError(path, _reason(error)) from error
 
 
-def _reason(path: str | Path, error: Exception) -> str:
+def _read(path: str | Path) -> bytes:
+    """A file's bytes, in the fewest calls to the system."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(descriptor).st_size
+        content = os.read(descriptor, size)
+        while len(content) < size and (more := os.read(descriptor, size - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
+
+
+def _decode(content: bytes, scaled: bool) -> torch.Tensor:
+    """`decode` of a file's content."""
+    if not content:
+        raise ValueError(EMPTY)
+    pixels = _decode_jpeg(content, scaled)
+    if pixels is None:
+        pixels = _decode_by_pillow(content)
+    return torch.from_numpy(pixels.transpose(2, 0, 1))
+
+
+EMPTY = "the file is empty"
+
+
+def _reason(error: Exception) -> str:
     """Why a file could not be opened or decoded, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    if os.path.getsize(path) == 0:
-        return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image in a format that Pillow reads"
     if isinstance(error, Image.DecompressionBombError):
@@ -272,27 +320,35 @@ def _reason(path: str | Path, error: Exception) -> str:
     return str(error).split("\n")[0] or type(error).__name__
 
 
-def _decode_jpeg(file: BinaryIO) -> np.ndarray | None:
+def _decode_jpeg(jpeg: bytes, scaled: bool) -> np.ndarray | None:
     """(H, W, 3) uint8 by simplejpeg, whose pixels equal Pillow's; None for what Pillow is to decode.
 
     That is every other format, CMYK (simplejpeg's pixels differ by 1), bombs and irregular files: Pillow
     alone decides what is refused.
     """
-    if simplejpeg is None or file.read(3) != b"\xff\xd8\xff":
+    if simplejpeg is None or not jpeg.startswith(b"\xff\xd8\xff"):
         return None
-    file.seek(0)
-    jpeg = file.read()
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
         too_large = Image.MAX_IMAGE_PIXELS is not None and height * width > 2 * Image.MAX_IMAGE_PIXELS
         if colours not in ("Gray", "YCbCr") or too_large:
             return None
-        pixels = simplejpeg.decode_jpeg(jpeg, strict=True)
+        fraction = _fraction(min(height, width)) if scaled else 1
+        if fraction == 1:
+            pixels = simplejpeg.decode_jpeg(jpeg, strict=True)
+        else:
+            sides = {"min_height": -(-height // fraction), "min_width": -(-width // fraction)}
+            pixels = simplejpeg.decode_jpeg(jpeg, strict=True, min_factor=fraction, **sides)
     except ValueError:
         return None
     if _has_app1(jpeg):  # Pillow reads the orientation, so that both decoders agree
-        pixels = _upright(pixels, _orientation(Image.open(file, formats=["JPEG"])))
+        pixels = _upright(pixels, _orientation(Image.open(io.BytesIO(jpeg), formats=["JPEG"])))
     return pixels
+
+
+def _fraction(short: int) -> int:
+    """By how much to shrink while decoding: 1, 2, 4 or 8, the fast ones, keeping 512 of the shorter side."""
+    return next((by for by in (8, 4, 2) if short >= by * LARGE_SIDE // 2), 1)
 
 
 def _has_app1(jpeg: bytes) -> bool:
@@ -303,10 +359,9 @@ def _has_app1(jpeg: bytes) -> bool:
     return jpeg[at : at + 2] != b"\xff\xda"
 
 
-def _decode_by_pillow(file: BinaryIO) -> np.ndarray:
+def _decode_by_pillow(content: bytes) -> np.ndarray:
     """(H, W, 3) uint8 of any image; the first frame of an animation."""
-    file.seek(0)
-    image = Image.open(file, formats=FORMATS)  # reads the header; refuses bombs
+    image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header; refuses bombs
     pixels = _to_rgb(image)
     # The tag is read after the pixels: Pillow turns TIFF files itself while loading and then drops the tag.
     return _upright(pixels, _orientation(image))
@@ -358,12 +413,13 @@ def check_headers(images: ImageList, workers: int) -> list[tuple[int, str]]:
     def check(start: int) -> list[tuple[int, str]]:
         broken = []
         for i in range(start, min(start + 1000, len(images))):
-            path = images.path(i)
             try:
-                with _as_image_error(path), open(path, "rb") as file:
+                with images.open(i) as file:
+                    if not file.peek(1):
+                        raise ValueError(EMPTY)
                     Image.open(file, formats=FORMATS)
-            except ImageError as error:
-                broken.append((i, error.reason))
+            except Exception as error:
+                broken.append((i, ImageError(images.path(i), _reason(error)).reason))
         return broken
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -391,44 +447,84 @@ def _resized_side(size: int) -> int:
 
 def central_crop(size: int) -> Transform:
     """The paper's view for features: resize the shorter side (to 256 for 224), crop the centre."""
-    return partial(_central_crop, size=size)
+    return functools.partial(_central_crop, size=size)
 
 
 def train_crop(size: int) -> Transform:
     """The paper's view for training: a random crop of 8 to 100% of the area, resized, flipped or not."""
-    return partial(_random_crop, draw=v2.RandomResizedCrop(size))
+    return functools.partial(_random_crop, size=size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
 
 
 def voc_train_crop(size: int) -> Transform:
     """Training view of VOC classification: a random square of 10 to 50% of the area, flipped or not."""
-    return partial(_random_crop, draw=v2.RandomResizedCrop(size, scale=(0.1, 0.5), ratio=(1.0, 1.0)))
+    return functools.partial(_random_crop, size=size, scale=(0.1, 0.5), ratio=(1.0, 1.0))
 
 
 def probe_train_crop(size: int) -> Transform:
     """Training view of the linear probe: Resize(256), CenterCrop(256), RandomCrop(224), flip, to scale."""
     side = _resized_side(size)
     crops = [v2.CenterCrop(side), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
-    return v2.Compose([partial(_resize, side=side), *crops])
+    return v2.Compose([functools.partial(_resize, side=side), *crops])
 
 
 def ten_crops(size: int) -> Transform:
     """Resize(256), then four corners and the centre, and their mirror images: (10, 3, size, size)."""
-    return v2.Compose([partial(_resize, side=_resized_side(size)), v2.TenCrop(size), torch.stack])
+    return v2.Compose([functools.partial(_resize, side=_resized_side(size)), v2.TenCrop(size), torch.stack])
+
+
+# What follows gives torchvision's pixels. Decoding empties the processor's caches, so that the first call of
+# anything after it costs several times what it costs in a loop of its own: there are few calls here.
 
 
 def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    return functional.center_crop(_resize(image, _resized_side(size)), [size, size])
+    image = _resize(image, _resized_side(size))
+    top, left = (round((side - size) / 2) for side in image.shape[1:])
+    return image[:, top : top + size, left : left + size]
 
 
-def _random_crop(image: torch.Tensor, draw: v2.RandomResizedCrop) -> torch.Tensor:
-    """RandomResizedCrop and RandomHorizontalFlip, drawing the same numbers.
+def _random_crop(
+    image: torch.Tensor, size: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> torch.Tensor:
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip, drawing the same numbers."""
+    top, left, height, width = _draw_box(image.shape[1], image.shape[2], scale, ratio)
+    view = _resize_to(image[:, top : top + height, left : left + width], size, size)
+    return view.flip(-1) if torch.rand(1).item() < 0.5 else view
 
-    The box is copied before it is resized: torch resizes (H, W, 3) without gaps in two thirds of the time.
+
+def _draw_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A random box (top, left, height, width), as RandomResizedCrop draws it.
+
+    Its share of the area is uniform in `scale`, the logarithm of width / height uniform in that of `ratio`;
+    after ten boxes that do not fit, the largest central one of a permitted ratio.
     """
-    box = functional.crop(image, **draw.make_params([image]))
-    box = box.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    view = functional.resize(box, draw.size)
-    return view.flip(-1) if torch.rand(1) < 0.5 else view
+    (lowest, scales), (narrowest, ratios) = _float32_ranges(scale, ratio)
+    for _ in range(10):
+        u, v = torch.rand(2).tolist()
+        # As torch does it: multiplied and added in one step, rounded to float32 once.
+        area = height * width * float(np.float32(u * scales + lowest))
+        shape = float(np.float32(math.exp(np.float32(v * ratios + narrowest))))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(height - h + 1, (1,)).item()
+            return top, torch.randint(width - w + 1, (1,)).item(), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@functools.cache
+def _float32_ranges(
+    scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(start, length) of the ranges of scale and of log ratio, each rounded to float32 as torch does."""
+    low, high = np.float32(scale)
+    narrow, wide = (np.float32(math.log(limit)) for limit in np.float32(ratio))
+    return (float(low), float(high - low)), (float(narrow), float(wide - narrow))
 
 
 def _resize(image: torch.Tensor, side: int) -> torch.Tensor:
@@ -441,8 +537,26 @@ def _resize(image: torch.Tensor, side: int) -> torch.Tensor:
         keep = 16 * short
         keep += (long - keep) % 2  # the same parity, so that the middle stays the middle
         image = functional.center_crop(image, [min(keep, image.shape[1]), min(keep, image.shape[2])])
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    return functional.resize(image, [side])
+        long = keep
+    length = int(side * long / short)
+    return _resize_to(image, *((side, length) if image.shape[1] <= image.shape[2] else (length, side)))
+
+
+def _resize_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize (3, H, W) uint8 bilinearly with antialiasing, as torchvision's resize."""
+    if image.shape[1:] == (height, width):
+        return image
+    if not RESIZES_UINT8:
+        return functional.resize(image, [height, width])
+    shape, strides = image.shape, image.stride()
+    # The batch of one gets the stride of a whole image: else torch does not see that the channels lie last.
+    whole = max(shape[0] * strides[0], shape[1] * strides[1], shape[2] * strides[2])
+    batch = image.as_strided((1, *shape), (whole, *strides))
+    return interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+
+
+# On other processors torchvision computes in float32.
+RESIZES_UINT8 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 # ---------------------------------------------------------------------------------------- views and loader
@@ -451,23 +565,39 @@ def _resize(image: torch.Tensor, side: int) -> torch.Tensor:
 class CentralView(Dataset):
     """Item i: (uint8 view of image i, i). `transform` defaults to central_crop(size).
 
-    An image that cannot be decoded gives (zeros, -1 - i), so that one pass can list all of them.
+    An image that cannot be decoded gives (zeros, -1 - i), so that one pass can list all of them. A cache of
+    central crops, cache.CropCache, gives the views that it holds and takes in the others.
     """
 
-    def __init__(self, images: ImageList, size: int, transform: Transform | None = None):
+    def __init__(
+        self,
+        images: ImageList,
+        size: int,
+        transform: Transform | None = None,
+        cache: "CropCache | None" = None,
+    ):
+        if cache is not None and (transform is not None or cache.shape != (len(images), 3, size, size)):
+            raise ValueError("a crop cache holds central crops of all the images, of one size")
         self.images = images
         self.size = size
         self.transform = transform or central_crop(size)
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        view = None if self.cache is None else self.cache.read(i)
+        if view is not None:
+            return view, i
         try:
-            return self.transform(self.images.decode(i)), i
+            view = self.transform(self.images.decode(i))
         except ImageError:
             blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
             return self.transform(blank), -1 - i
+        if self.cache is not None:
+            self.cache.write(i, view)
+        return view, i
 
 
 class TrainView(Dataset):
@@ -489,13 +619,22 @@ class TrainView(Dataset):
         return len(self.images)
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        position, i = item
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: list[tuple[int, int]]) -> list[tuple[torch.Tensor, int]]:
+        """The items of a batch, as a loader asks for them."""
+        # All seeds first: between two images each would take five times as long.
+        seeds = [derive_seed(self.seed, "crop", self.epoch, position) for position, _ in items]
+        with torch.inference_mode():  # 30 us less an image: torch prepares nothing for gradients
+            return [(self._view(i, seed), i) for seed, (_, i) in zip(seeds, items)]
+
+    def _view(self, i: int, seed: int) -> torch.Tensor:
         image = self.images.decode(i)
         # As torch.random.fork_rng and manual_seed, but those would also seed CUDA (and take 10 us longer).
         before = torch.get_rng_state()
         try:
-            torch.default_generator.manual_seed(derive_seed(self.seed, "crop", self.epoch, position))
-            return self.transform(image), i
+            torch.default_generator.manual_seed(seed)
+            return self.transform(image)
         finally:
             torch.set_rng_state(before)
 

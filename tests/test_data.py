@@ -437,6 +437,16 @@ def test_large_images_within_the_limit_are_decoded(tmp_path, photo, monkeypatch)
         assert data.decode(tmp_path / "x.jpg").shape == (3, 143, 191)
 
 
+def test_stamps_tell_files_that_change(tmp_path):
+    images = data.list_images(touch_images(tmp_path, "a.png", "b.png", "c.png"))
+    before = images.stamps()
+    assert before[:, 0].tolist() == [images.path(i).stat().st_size for i in range(3)]
+    images.path(1).write_bytes(b"shorter")
+    images.path(2).unlink()
+    changed = (images.stamps() != before).any(axis=1)
+    assert changed.tolist() == [False, True, True] and images.stamps()[2].tolist() == [-1, -1, -1]
+
+
 def test_check_headers_covers_every_index_once(tmp_path):
     touch_images(tmp_path, "good.png")
     (tmp_path / "bad.png").write_text("no")
@@ -456,6 +466,53 @@ def test_image_error_keeps_its_line_through_pickle_and_a_worker(tmp_path):
         list(data.make_loader(view, 1, workers=1, sampler=[(0, 0)]))
     assert str(caught.value) == f"{tmp_path / 'x.jpg'}: not an image in a format that Pillow reads"
     assert caught.value.path == str(tmp_path / "x.jpg")
+
+
+# ---------------------------------------------------------------------------------------- scaled decoding
+
+
+@pytest.mark.parametrize(
+    "size, decoded",
+    [
+        ((1500, 1023), (1500, 1023)),
+        ((1500, 1024), (750, 512)),
+        ((1025, 1401), (513, 701)),
+        ((2047, 3000), (1024, 1500)),
+        ((2048, 3001), (512, 751)),
+        ((4096, 4100), (512, 513)),
+        ((9000, 4095), (2250, 1024)),
+    ],
+)
+def test_scaled_decoding_keeps_512_pixels_of_large_photographs(tmp_path, photo, size, decoded):
+    photo.resize(size, Image.Resampling.NEAREST).save(tmp_path / "x.jpg", quality=50)
+    assert data.decode(tmp_path / "x.jpg", scaled=True).shape == (3, decoded[1], decoded[0])
+    if max(size) < 2100:
+        assert data.decode(tmp_path / "x.jpg").shape == (3, size[1], size[0])
+
+
+def test_scaled_decoding_is_close_upright_and_optional(tmp_path):
+    image = Image.open(PHOTOS[3]).convert("RGB").resize((1600, 1070), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "1.jpg", quality=95, exif=exif)
+    image.save(tmp_path / "2.png")
+    image.convert("CMYK").save(tmp_path / "3.jpg")
+    images, plain = data.list_images(tmp_path), data.list_images(tmp_path)
+    images.scaled = True
+    assert images.decode(0).shape == (3, 800, 535) and plain.decode(0).shape == (3, 1600, 1070)
+    for i in (1, 2):  # other formats are decoded in full
+        assert torch.equal(images.decode(i), plain.decode(i))
+    crop = data.central_crop(224)
+    error = (crop(images.decode(0)).float() - crop(plain.decode(0)).float()).abs()
+    assert 0 < error.mean() < 2
+    assert torch.equal(data.CentralView(images.keep([True, False, True]), 224)[0][0], crop(images.decode(0)))
+
+
+def test_scaled_decoding_refuses_the_same_files(tmp_path):
+    Image.open(PHOTOS[3]).convert("RGB").resize((1600, 1070)).save(tmp_path / "x.jpg")
+    (tmp_path / "x.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:20000])
+    with pytest.raises(data.ImageError, match="truncated"):
+        data.decode(tmp_path / "x.jpg", scaled=True)
 
 
 # ---------------------------------------------------------------------------------------- crops
@@ -483,6 +540,40 @@ def test_train_crop_is_pillows_within_one_level(source):
         torch.manual_seed(seed)
         error = np.abs(expected - array(data.train_crop(224)(decoded)))
         assert error.max() <= 1 and error.mean() <= 0.3  # more where a small box is enlarged
+
+
+@pytest.mark.parametrize(
+    "shape", [(375, 500), (500, 375), (64, 64), (1, 1), (3, 2000), (2000, 3), (7, 5), (40, 30), (30, 40)]
+)
+@pytest.mark.parametrize("scale, ratio", [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.1, 0.5), (1.0, 1.0))])
+def test_boxes_and_random_state_are_torchvisions(shape, scale, ratio):
+    reference = v2.RandomResizedCrop(8, scale=scale, ratio=ratio)
+    image = torch.empty(3, *shape, dtype=torch.uint8)
+    for seed in range(200):
+        torch.manual_seed(seed)
+        expected, state = reference.make_params([image]), torch.get_rng_state()
+        torch.manual_seed(seed)
+        top, left, height, width = data._draw_box(*shape, scale, ratio)
+        assert {"top": top, "left": left, "height": height, "width": width} == expected
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_resizing_is_torchvisions_for_every_layout(photo, monkeypatch, native):
+    monkeypatch.setattr(data, "RESIZES_UINT8", native)  # False: the way of processors without AVX2
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+    layouts = {
+        "(H, W, 3)": image,
+        "(3, H, W)": image.contiguous(),
+        "a box": image[:, 20:100, 30:90],
+        "a box of (3, H, W)": image.contiguous()[:, 20:100, 30:90],
+        "turned": image.transpose(1, 2),
+        "one value": image[:, :1, :1].expand(3, 50, 40),
+    }
+    for name, source in layouts.items():
+        for size in ((64, 64), (30, 200), tuple(source.shape[1:])):
+            expected = v2.functional.resize(source, list(size))
+            assert torch.equal(data._resize_to(source, *size), expected), (name, size)
 
 
 def test_train_crop_flips_half_the_time():
@@ -610,6 +701,14 @@ def test_train_view_depends_on_seed_epoch_and_position_only(folder):
     assert len({view.numpy().tobytes() for view in first.values()}) == 10
     for other in (views(0, order, seed=6), views(0, order, epoch=3)):
         assert not any(torch.equal(first[item], other[item]) for item in order)
+
+
+def test_train_view_gives_a_batch_as_it_gives_items(folder):
+    view = data.TrainView(folder, 48, seed=5, epoch=2)
+    items = [(3, 1), (0, 6), (9, 1)]
+    torch.manual_seed(1)
+    for (batch_view, index), item in zip(view.__getitems__(items), items):
+        assert torch.equal(batch_view, view[item][0]) and index == item[1]
 
 
 def test_train_view_is_the_crop_under_its_derived_seed(folder):
