@@ -53,10 +53,11 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def refused_name(error: Exception) -> str:
     """What the restricted unpickler refused, in a few words."""
-    found = re.search(r"(?:GLOBAL|global) `?([\w.]+)|([Uu]nsupported \w+ ?\S*)", str(error))
-    if found is None:
-        return "its pickle holds more than tensors and plain containers"
-    return f"it asks for {found.group(1)}" if found.group(1) else found.group(2)
+    found = re.search(r"(?:GLOBAL|global) `?([\w.]+)", str(error))
+    if found:
+        return f"it asks for {found.group(1)}"
+    found = re.search(r"[Uu]nsupported \w+ ?\S*", str(error))
+    return found.group() if found else "its pickle holds more than tensors and plain containers"
 
 
 def clean_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -70,12 +71,14 @@ def model_weights(state: dict[str, Any], path: str | Path) -> tuple[str, dict[st
     arch is the file's own word, else it is seen from the position of the first linear layer.
     """
     weights = state.get("state_dict", state)
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
         raise UserError(f"{path}: no state_dict of tensors in this file")
     weights = clean_keys(weights)
     if "features.0.weight" not in weights:
         raise UserError(f"{path}: not a DeepCluster network (no features.0.weight among its parameters)")
-    arch = state.get("arch") or ("alexnet" if "classifier.1.weight" in weights else "vgg16")
+    arch = str(state.get("arch") or ("alexnet" if "classifier.1.weight" in weights else "vgg16"))
     return arch, weights
 
 
@@ -87,7 +90,7 @@ def build_from(state: dict[str, Any], path: str | Path) -> DeepClusterNet:
     """
     arch, weights = model_weights(state, path)
     head = weights.get("top_layer.bias")
-    net = models.build(arch, "sobel.0.weight" in weights, None if head is None else len(head), seed=0)
+    net = models.build(arch, "sobel.0.weight" in weights, None if head is None else head.numel(), seed=0)
     load_weights(net, weights, path)
     return net.eval()
 

@@ -5,15 +5,13 @@ As published with the data sets: `list_database` lists CITY/jpg and `read_querie
 """
 
 import pickle
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import data
+import safe_pickle
 from util import UserError
 
 # Truncated files of Paris6k: the benchmark leaves them out, wherever it lists them.
@@ -110,73 +108,6 @@ def check_known(source: Path, names: Iterable[str], known: set[str]) -> None:
 # -------------------------------------------------------------------------------- ground truth, revisited
 
 
-class _Array:
-    """Stands for a numpy array while a pickle is read: numbers of a plain type, or nothing."""
-
-    def __init__(self, *_: Any):
-        self.values: list = []
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, _, raw = state
-        if len(shape) > 1:
-            raise pickle.UnpicklingError("an array of more than one dimension")
-        self.values = _numbers(raw, dtype)
-
-
-class _DType:
-    """Stands for a numpy dtype of integers, floats or booleans."""
-
-    def __init__(self, kind: str, *_: Any):
-        if not re.fullmatch("[iufb][1248]", kind):
-            raise pickle.UnpicklingError(f"an array of {kind}")
-        self.kind, self.order = kind, "<"
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = {"|": "<", "<": "<", ">": ">"}[state[1]]
-
-
-def _numbers(raw: bytes | str, dtype: _DType) -> list:
-    """The bytes of an array as a list of numbers (Python 2 wrote bytes as text)."""
-    raw = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
-    return np.frombuffer(raw, np.dtype(dtype.order + dtype.kind)).tolist()
-
-
-def _from_buffer(raw: bytes, dtype: _DType, shape: tuple, _: str) -> _Array:
-    """How pickle protocol 5 writes an array."""
-    array = _Array()
-    array.__setstate__((1, shape, dtype, False, raw))
-    return array
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """How protocols below 3 write bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"text in {encoding}")
-    return text.encode("latin1")
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, text, numbers and numpy arrays of numbers; nothing from the file is ever executed.
-
-    The few names that numpy's pickles ask for are answered by the stand-ins above, every other is refused.
-    """
-
-    ALLOWED = {  # noqa: RUF012
-        ("multiarray", "_reconstruct"): _Array,
-        ("multiarray", "scalar"): lambda dtype, raw: _numbers(raw, dtype)[0],
-        ("numeric", "_frombuffer"): _from_buffer,
-        ("numpy", "ndarray"): _Array,
-        ("numpy", "dtype"): _DType,
-        ("_codecs", "encode"): _latin1,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        short = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
-        if (short, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.ALLOWED[short, name]
-
-
 def read_revisited(path: Path, known: Iterable[str]) -> tuple[list[str], list[Query]]:
     """The database (names) and queries of a gnd_r<city>.pkl of Radenovic et al., CVPR 2018.
 
@@ -186,7 +117,7 @@ def read_revisited(path: Path, known: Iterable[str]) -> tuple[list[str], list[Qu
     """
     try:
         with open(path, "rb") as file:
-            content = PlainUnpickler(file, encoding="latin1").load()
+            content = safe_pickle.PlainUnpickler(file, encoding="latin1").load()
         names, query_names = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
         queries = [
             _revisited_query(name, truth, names)
@@ -220,4 +151,9 @@ def _revisited_query(name: str, truth: dict[str, Any], names: list[str]) -> Quer
 
 
 def _plain(values: Any) -> Iterable:
-    return values.values if isinstance(values, _Array) else values
+    """A list, or an array of one dimension, of numbers."""
+    if not isinstance(values, safe_pickle.Array):
+        return values
+    if values.numbers.ndim != 1:
+        raise ValueError(f"an array of {values.numbers.ndim} dimensions, not of one")
+    return values.numbers.tolist()

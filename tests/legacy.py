@@ -13,13 +13,16 @@ PROTOCOL = 1001
 
 
 class Python2Pickler(pickle._Pickler):
-    """Protocol 2, `str` as Python 2 wrote it (BINSTRING), tensors as `_rebuild_tensor` of CUDA storages."""
+    """Protocol 2, `str` as Python 2 wrote it (BINSTRING), tensors as made anew from CUDA storages.
+
+    version: 1 is `_rebuild_tensor`, of PyTorch before 0.4; 2 is `_rebuild_tensor_v2`.
+    """
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
-    def __init__(self, file, storages):
+    def __init__(self, file, storages, version=1):
         super().__init__(file, protocol=2)
-        self.storages = storages
+        self.storages, self.version = storages, version
 
     def save_str(self, text):
         data = text.encode("latin1")
@@ -40,7 +43,10 @@ class Python2Pickler(pickle._Pickler):
         if isinstance(obj, torch.Tensor):
             storage = Storage(obj.contiguous(), str(94000 + len(self.storages)))
             self.storages.append(storage)
-            return torch._utils._rebuild_tensor, (storage, 0, tuple(obj.shape), obj.contiguous().stride())
+            arguments = (storage, 0, tuple(obj.shape), obj.contiguous().stride())
+            if self.version == 1:
+                return torch._utils._rebuild_tensor, arguments
+            return torch._utils._rebuild_tensor_v2, (*arguments, False, collections.OrderedDict())
         return NotImplemented
 
 
@@ -52,8 +58,8 @@ class Storage:
         ]
 
 
-def write(path, state):
-    """torch.save of 2017 under Python 2, on a GPU machine."""
+def write(path, state, version=1):
+    """torch.save of 2017 (version 1) or 2018 (2) under Python 2, on a GPU machine."""
     storages = []
     system = {
         "protocol_version": PROTOCOL,
@@ -64,7 +70,7 @@ def write(path, state):
         pickle.dump(MAGIC, file, protocol=2)
         pickle.dump(PROTOCOL, file, protocol=2)
         Python2Pickler(file, []).dump(system)
-        Python2Pickler(file, storages).dump(state)
+        Python2Pickler(file, storages, version).dump(state)
         Python2Pickler(file, []).dump([storage.key for storage in storages])
         file.flush()
         for storage in storages:
@@ -72,15 +78,18 @@ def write(path, state):
             file.write(storage.tensor.numpy().tobytes())
 
 
-def authors_state(net, data_parallel="features", optimizer=True):
-    """The dict that the authors' code saved: no num_batches_tracked, DataParallel names."""
+def authors_state(net, data_parallel="features", optimizer=True, counters=False):
+    """The dict that the authors' code saved: no num_batches_tracked (unless counters), DataParallel names.
+
+    data_parallel: what was wrapped, "features", "all", "both" or None.
+    """
     weights = collections.OrderedDict()
     for name, value in net.state_dict().items():
-        if name.endswith("num_batches_tracked"):
+        if name.endswith("num_batches_tracked") and not counters:
             continue
-        if data_parallel == "features":
+        if data_parallel in ("features", "both"):
             name = name.replace("features.", "features.module.", 1)
-        elif data_parallel == "all":
+        if data_parallel in ("all", "both"):
             name = "module." + name
         weights[name] = value
     state = {"epoch": 101, "arch": net.arch, "state_dict": weights}
