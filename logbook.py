@@ -104,7 +104,7 @@ def continue_logs(exp: Path, origin: Path, clusters_size: int, epoch: int) -> Cl
 def write_assignments(path: Path, paths: list[str], labels: np.ndarray, distances: np.ndarray) -> None:
     """`assignments.csv` of the last clustering: path, cluster, squared L2 distance to the centroid."""
     with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv.writer(file, lineterminator="\r\n" if any("\r" in path for path in paths) else "\n")
         writer.writerow(["path", "cluster", "distance"])
         writer.writerows(zip(paths, labels.tolist(), (f"{d:.6g}" for d in distances.tolist())))
 

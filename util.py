@@ -95,7 +95,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     path = Path(path)
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(beside, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}  # any file name
+        with open(beside, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -161,13 +162,13 @@ class Log:
 
     def __call__(self, line: str) -> None:
         if not self.quiet:
-            print(line, flush=True)
+            print(line.encode(errors="surrogateescape").decode(errors="replace"), flush=True)
         self.to_file(line)
 
     def to_file(self, line: str) -> None:
         """Append a line to the log file only."""
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
 
