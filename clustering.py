@@ -24,6 +24,7 @@ import scipy.sparse.linalg
 import torch
 from scipy.special import gammaln
 
+import distributed
 from util import UserError
 
 KMEANS_ITERATIONS = 20
@@ -77,7 +78,9 @@ class PCAWhitening:
         return cls(state["mean"].cpu().numpy(), state["matrix"].cpu().numpy())
 
 
-def fit_pca(features: np.ndarray, dim: int = 256, device: torch.device | str = "cpu") -> PCAWhitening:
+def fit_pca(
+    features: np.ndarray, dim: int = 256, device: torch.device | str = "cpu", sharded: bool = False
+) -> PCAWhitening:
     """PCA-whitening of `features` (N, D), float16 or float32; nothing of that size is allocated.
 
     Same row directions as faiss.PCAMatrix(D, dim, eigen_power=-0.5), up to sign and to rotation inside equal
@@ -85,17 +88,19 @@ def fit_pca(features: np.ndarray, dim: int = 256, device: torch.device | str = "
     fewer rows than columns their N x N inner products serve instead of the D x D covariance. Keeps
     min(dim, N - 1, numerical rank) dimensions; constant features give one dimension that is 0 everywhere.
     Raises UserError when a feature is not finite.
+
+    sharded: features are this process's rows; sums over the processes give each of them the same PCA, bit
+    for bit.
     """
+    if sharded and distributed.world_size() > 1:
+        return _fit_pca_sharded(features, dim, device)
     if features.ndim != 2 or 0 in features.shape or dim < 1:
         raise ValueError(f"PCA to {dim} dimensions of features of shape {features.shape}")
     n, d = features.shape
     mean, mean_square = _moments(features, device)
     sums, vectors = _principal_axes(features, mean, min(dim, max(n - 1, 1), d))
     variances = sums / n
-
-    noise = RELATIVE_NOISE.get(features.dtype, 0.0) ** 2 * mean_square.max().item()
-    rounding = max(n, d) * np.finfo(np.float64).eps * variances[0].item()
-    rank = int((variances > max(noise, rounding)).sum())
+    rank = _numerical_rank(variances, n, d, features.dtype, mean_square)
     if rank == 0:
         return PCAWhitening(mean.cpu().numpy(), np.zeros((d, 1)))
     matrix = vectors[:, :rank] / variances[:rank].sqrt()
@@ -107,15 +112,46 @@ def fit_pca(features: np.ndarray, dim: int = 256, device: torch.device | str = "
     return PCAWhitening(mean.cpu().numpy(), matrix.cpu().numpy())
 
 
+def _numerical_rank(
+    variances: torch.Tensor, n: int, d: int, dtype: np.dtype, mean_square: torch.Tensor
+) -> int:
+    """How many of the variances, largest first, are above the noise of the features and of the arithmetic."""
+    noise = RELATIVE_NOISE.get(dtype, 0.0) ** 2 * mean_square.max().item()
+    rounding = max(n, d) * np.finfo(np.float64).eps * variances[0].item()
+    return int((variances > max(noise, rounding)).sum())
+
+
+def _fit_pca_sharded(features: np.ndarray, dim: int, device: torch.device | str) -> PCAWhitening:
+    """`fit_pca` of the rows (n_r, D) of all ranks, which may hold different numbers of them, also none.
+
+    The D x D covariance is summed over the ranks; the first one takes its eigenvectors.
+    """
+    n = sum(distributed.gather_objects(len(features)))
+    d = features.shape[1]
+    mean, mean_square = _moments(features, device, sharded=True)
+    square = torch.zeros((d, d), dtype=torch.float64, device=device)
+    _add_products(_lower_triangle(d, square), _centred_rows(features, mean))
+    distributed.all_reduce(square)
+    matrix = np.zeros((d, 1))
+    if distributed.is_main():
+        sums, vectors = _eigen_direct(square, min(dim, max(n - 1, 1), d))
+        variances = sums / n
+        rank = _numerical_rank(variances, n, d, features.dtype, mean_square)
+        if rank:
+            matrix = (vectors[:, :rank] / variances[:rank].sqrt()).cpu().numpy()
+    del square
+    return PCAWhitening(mean.cpu().numpy(), distributed.broadcast_object(matrix))
+
+
 def preprocess(
-    features: np.ndarray, dim: int = 256, device: torch.device | str = "cpu"
+    features: np.ndarray, dim: int = 256, device: torch.device | str = "cpu", sharded: bool = False
 ) -> tuple[PCAWhitening, np.ndarray]:
     """PCA-whitening to `dim` dimensions, then L2 normalisation of each row.
 
     features (N, D), float16 or float32, is only read. Returns the PCA and the (N, d) float32 result; a row
-    that is whitened to zero stays zero.
+    that is whitened to zero stays zero. sharded: as for `fit_pca`; the result is of this process's rows.
     """
-    pca = fit_pca(features, dim, device)
+    pca = fit_pca(features, dim, device, sharded)
     return pca, normalise_rows(pca.apply(features, device))
 
 
@@ -149,17 +185,32 @@ def _row_chunks(features: np.ndarray, device: torch.device | str) -> Iterator[tu
         yield rows, buffer[: len(block)].copy_(torch.from_numpy(block).to(device))
 
 
-def _moments(features: np.ndarray, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and mean square of each column, (D,) float64 on `device`; UserError unless all are finite."""
+def _moments(
+    features: np.ndarray, device: torch.device | str, sharded: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and mean square of each column, (D,) float64 on `device`; UserError unless all are finite.
+
+    sharded: over the rows of all ranks, and every rank raises where one of them has to.
+    """
     n, d = features.shape
     total = torch.zeros(d, dtype=torch.float64, device=device)
     squares = torch.zeros_like(total)
+    bad = None
     for rows, chunk in _row_chunks(features, device):
         total += chunk.sum(0)
         squares += chunk.square_().sum(0)
         if not bool(squares.isfinite().all()):
             bad = rows.start + int(np.flatnonzero(~np.isfinite(features[rows]).all(axis=1))[0])
-            raise UserError(f"the feature of image {bad} is not finite; the network has diverged")
+            break
+    if sharded:
+        counts, bads = zip(*distributed.gather_objects((n, bad)))
+        n = sum(counts)
+        bad = next((sum(counts[:r]) + i for r, i in enumerate(bads) if i is not None), None)
+        if bad is None:
+            distributed.all_reduce(total)
+            distributed.all_reduce(squares)
+    if bad is not None:
+        raise UserError(f"the feature of image {bad} is not finite; the network has diverged")
     return total / n, squares / n
 
 
@@ -404,6 +455,97 @@ def kmeans(
     clustering.train(x)
     labels, distances = assign(x, clustering.centroids, device)
     return Assignment(labels, k, float(clustering.obj[-1]), distances, clustering.centroids)
+
+
+def kmeans_distributed(
+    x: np.ndarray,
+    k: int,
+    seed: int,
+    niter: int = KMEANS_ITERATIONS,
+    device: torch.device | str = "cpu",
+) -> Assignment:
+    """`kmeans` by Lloyd's iterations over processes, each of which keeps its own rows x (n_r, d) float32.
+
+    The start is Faiss's for the same seed. In an iteration each rank finds the nearest centroids of its rows,
+    and the sums and counts of all ranks give the next centroids; empty clusters are split off large ones by
+    Faiss's rule. Returns the same assignment of all rows, in the order of ranks, on every rank. Memory of a
+    rank: its rows, the centroids, and labels and distances of all rows. Ranks may hold no row.
+    Raises UserError, on every rank, as `kmeans` does.
+    """
+    counts = distributed.gather_objects(_points_or_error(x))
+    errors = [count for count in counts if isinstance(count, str)]
+    if errors:
+        raise UserError(errors[0])
+    n, first = sum(counts), sum(counts[: distributed.rank()])
+    if not 1 <= k <= n:
+        raise UserError(f"cannot make {k} clusters of {n} images: k must lie between 1 and {n}")
+    centroids = _faiss_start(x, first, n, k, seed % 2**31)
+    objective = 0.0
+    for _ in range(niter):
+        labels, distances = _assign_or_none(x, centroids, device)
+        sums = torch.zeros((k, x.shape[1]), dtype=torch.float64)
+        for rows in _slices(len(x), x.shape[1]):
+            sums.index_add_(0, torch.from_numpy(labels[rows]), torch.from_numpy(x[rows]).double())
+        sizes = torch.from_numpy(np.bincount(labels, minlength=k))
+        total = torch.tensor([distances.sum(dtype=np.float64)])
+        for tensor in (sums, sizes, total):
+            distributed.all_reduce(tensor)
+        objective = total.item()
+        filled = sizes > 0
+        centroids[filled.numpy()] = (sums[filled] / sizes[filled, None]).float().numpy()
+        _split_clusters(centroids, sizes.numpy(), n)
+    labels, distances = _assign_or_none(x, centroids, device)
+    labels, distances = distributed.all_gather_rows(labels), distributed.all_gather_rows(distances)
+    return Assignment(labels, k, objective, distances, centroids)
+
+
+def _points_or_error(x: np.ndarray) -> int | str:
+    """How many points there are, or why they cannot be clustered."""
+    try:
+        if len(x):
+            _check_points(x)
+    except UserError as error:
+        return str(error)
+    return len(x)
+
+
+def _assign_or_none(
+    x: np.ndarray, centroids: np.ndarray, device: torch.device | str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`assign`, also of no rows."""
+    if len(x) == 0:
+        return np.zeros(0, np.int64), np.zeros(0, np.float32)
+    return assign(x, centroids, device)
+
+
+def _faiss_start(x: np.ndarray, first: int, n: int, k: int, seed: int) -> np.ndarray:
+    """The k of n rows that Faiss starts with for this seed, (k, d) float32; x holds the rows from `first` on."""
+    order = np.empty(n, np.int32)
+    faiss.rand_perm(faiss.swig_ptr(order), n, seed + 1)
+    chosen = order[:k].astype(np.int64) - first
+    mine = (chosen >= 0) & (chosen < len(x))
+    start = torch.zeros((k, x.shape[1]))
+    start[torch.from_numpy(mine)] = torch.from_numpy(x[chosen[mine]])
+    return distributed.all_reduce(start).numpy()  # the other ranks add zeros
+
+
+def _split_clusters(centroids: np.ndarray, sizes: np.ndarray, n: int) -> None:
+    """Give each empty cluster a copy of a large one's centroid, pushed a little apart; in place.
+
+    Faiss's rule: clusters are walked in turn and one is taken with probability (size - 1) / (n - k); the two
+    centroids get 1 +- 1/1024 of it, alternating over the dimensions, and half of the size each.
+    """
+    k, d = centroids.shape
+    push = np.where(np.arange(d) % 2 == 0, 1 / 1024, -1 / 1024).astype(np.float32)
+    random = faiss.RandomGenerator(1234)
+    for empty in np.flatnonzero(sizes == 0):
+        large = 0
+        while random.rand_float() >= (sizes[large] - 1) / max(n - k, 1):
+            large = (large + 1) % k
+        centroids[empty] = centroids[large] * (1 + push)
+        centroids[large] *= 1 - push
+        sizes[empty] = sizes[large] // 2
+        sizes[large] -= sizes[empty]
 
 
 # ---------------------------------------------------------------------------------------- PIC

@@ -645,16 +645,18 @@ def make_loader(
     workers: int,
     sampler: Sampler | Iterable | None = None,
     pin_memory: bool = False,
+    batch_sampler: Sampler | None = None,
 ) -> DataLoader:
     """Batches of (views (B, ..., 3, S, S) uint8 in channels_last memory, indexes (B,) int64).
 
-    In the order of the data set, or of the sampler; the last batch may be short. Set pin_memory where the
-    batches go to a GPU.
+    In the order of the data set, or of the sampler, the last batch may be short; or in the batches of
+    batch_sampler. Set pin_memory where the batches go to a GPU.
     """
     return DataLoader(
         dataset,
-        batch_size=batch_size,
+        batch_size=1 if batch_sampler is not None else batch_size,
         sampler=sampler,
+        batch_sampler=batch_sampler,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
@@ -669,9 +671,10 @@ def _collate(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch
 
 
 def init_worker(_: int) -> None:
-    """A worker uses one core and leaves Ctrl-C to the main process: no traceback from each of them."""
+    """A worker uses one core and leaves signals to the main process, which may have a checkpoint to write."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def normalise(batch: torch.Tensor) -> torch.Tensor:

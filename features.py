@@ -13,7 +13,7 @@ from data import normalise
 from models import DeepClusterNet
 from util import Progress, UserError
 
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 
 Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # normalised images -> named activations
 
@@ -23,18 +23,20 @@ def set_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
 
     fp32: full float32 everywhere (TF32 off too), the default on every device, so that nothing becomes less
     exact silently. tf32: float32 with TF32 products, CUDA only. bf16: autocast to bfloat16; on a CPU only
-    where it has AMX, as elsewhere it is slower than fp32. Raises UserError where a choice makes no sense.
+    where it has AMX, as elsewhere it is slower than fp32. fp16: autocast to float16, CUDA only; training
+    needs a gradient scaler with it. Raises UserError where a choice makes no sense.
     """
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
-    if precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32: only CUDA GPUs have it; use fp32, or bf16 on a CPU with AMX")
+    if precision in ("tf32", "fp16") and device.type != "cuda":
+        raise UserError(f"--precision {precision}: for CUDA GPUs only; use fp32, or bf16 on a CPU with AMX")
     if precision == "bf16" and device.type == "cpu" and not cpu_has_amx():
         raise UserError("--precision bf16: this CPU has no AMX and would be slower than fp32; use fp32")
     fast = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fast
     torch.backends.cudnn.conv.fp32_precision = fast
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=half, enabled=precision in ("bf16", "fp16"))
 
 
 def cpu_has_amx() -> bool:
@@ -93,11 +95,13 @@ def extract_features(
     precision: str = "fp32",
     dtype: type = np.float32,
     progress: Progress | None = None,
+    first: int = 0,
 ) -> tuple[np.ndarray, list[int]]:
     """Activations of every image in data-set order, net in eval mode: (features (N, D), broken images).
 
-    loader as for `activation_batches`; the row of a broken image is zero. Maps are flattened. The result is
-    held once, in dtype (float32 or float16), whatever the order in which batches come.
+    loader as for `activation_batches`, over the num_images images from `first` on; the row of a broken image
+    is zero. Maps are flattened. The result is held once, in dtype (float32 or float16), whatever the order in
+    which batches come.
     """
     was_training = net.training
     features: np.ndarray | None = None
@@ -108,8 +112,10 @@ def extract_features(
             features = np.zeros((num_images, rows.shape[1]), dtype=dtype)
         bad = index < 0
         broken += (-1 - index[bad]).tolist()
-        features[index[~bad].numpy()] = rows[(~bad).numpy()]
+        features[index[~bad].numpy() - first] = rows[(~bad).numpy()]
         if progress is not None:
             progress.update(len(index))
     net.train(was_training)
+    if features is None:  # a rank without images
+        features = np.zeros((0, net.feature_dim), dtype=dtype)
     return features, sorted(broken)

@@ -86,3 +86,31 @@ class DrawSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for position in range(self.first, len(self.draws)):
             yield position, int(self.draws[position])
+
+
+class ShareSampler(Sampler[list[tuple[int, int]]]):
+    """One rank's part of the global batches: lists of (position in the epoch, image index).
+
+    The draws are cut into global batches of `batch`, starting with the one numbered `first`; of each a rank
+    takes consecutive rows, so that together the ranks do what one process does. A rank that has no row of the
+    last batch gets no list for it; `shares` tells for every global batch (its size, this rank's rows).
+    """
+
+    def __init__(self, draws: np.ndarray, batch: int, first: int = 0, rank: int = 0, ranks: int = 1) -> None:
+        self.draws, self.batch, self.first = draws, batch, first
+        self.rank, self.ranks = rank, ranks
+
+    def shares(self) -> Iterator[tuple[int, range]]:
+        """(size of the global batch, this rank's rows in it) for every step."""
+        for start in range(self.first * self.batch, len(self.draws), self.batch):
+            total = min(self.batch, len(self.draws) - start)
+            yield total, range(total * self.rank // self.ranks, total * (self.rank + 1) // self.ranks)
+
+    def __len__(self) -> int:
+        return sum(len(rows) > 0 for _, rows in self.shares())
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step, (_, rows) in enumerate(self.shares(), start=self.first):
+            if rows:
+                positions = range(step * self.batch + rows.start, step * self.batch + rows.stop)
+                yield [(position, int(self.draws[position])) for position in positions]

@@ -19,6 +19,12 @@ class UserError(Exception):
     """A mistake the user can mend: its message is one line that names the thing and the way out."""
 
 
+class Preempted(Exception):
+    """The machine is wanted back (SIGTERM, SIGUSR1) and the run can go on later: exit code 75, try again."""
+
+    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def run_main(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
     """Parse the command line and call `main(args)`; a UserError becomes one line and exit code 2."""
     args = parser.parse_args()
@@ -26,6 +32,9 @@ def run_main(main: Callable[[argparse.Namespace], Any], parser: argparse.Argumen
         main(args)
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that went away
         sys.exit(fail(f"{parser.prog}: {error}"))
+    except Preempted as stop:
+        fail(f"{parser.prog}: {stop}")
+        sys.exit(Preempted.EXIT_CODE)
     except KeyboardInterrupt:
         print(f"\n{parser.prog}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -16,14 +16,16 @@ import torch
 from PIL import Image
 
 import checkpoint
+import clustering
 import data
 import demo
+import features
 import logbook
 import main
 import models
 import sampling
 from tests import tiny
-from util import AverageMeter, UserError, derive_seed
+from util import AverageMeter, Preempted, UserError, derive_seed
 
 ROOT = Path(main.__file__).parent
 TIMES = ("seconds", "images_per_second", "peak_memory_gib")  # of a log line: differ from run to run
@@ -49,7 +51,8 @@ def photos(tmp_path_factory):
 
 def arguments(images, exp, *flags):
     common = (
-        "--arch tiny --sobel --image-size 32 --k 8 --batch 16 --workers 0 --device cpu --lr 0.02 --epochs 3"
+        "--arch tiny --sobel --image-size 32 --k 8 --batch 16 --workers 0 --device cpu --lr 0.02 --epochs 3 "
+        "--no-report"
     )
     return main.get_parser().parse_args([str(images), "--exp", str(exp), *common.split(), *map(str, flags)])
 
@@ -572,3 +575,169 @@ def test_alexnet_trains_end_to_end_from_the_command_line(photos, tmp_path):
     assert "nmi_classes" not in records[0]
     net = checkpoint.load_model(tmp_path / "exp" / "checkpoint.pth.tar")
     assert net.arch == "alexnet" and net.sobel is not None and net.top_layer.out_features == 5
+
+
+# ------------------------------------------------------------------------------- what surrounds the loop
+
+
+def test_report_and_gallery_at_the_end_of_a_run(photos, tmp_path, capsys):
+    args = arguments(photos, tmp_path / "exp", "--epochs", 2)
+    args.no_report = False
+    main.main(args)
+    exp = tmp_path / "exp"
+    assert Image.open(exp / "report.png").width > 500
+    assert "<html" in (exp / "report.html").read_text()
+    page = (exp / "clusters.html").read_text()
+    assert "data:image" in page or "base64" in page
+    printed = capsys.readouterr().out
+    assert f"{exp}/report.html" in printed and f"{exp}/clusters.html" in printed
+
+
+def test_no_report_leaves_the_pages_away(finished):
+    assert not list(finished.glob("*.html")) and not list(finished.glob("*.png"))
+
+
+def test_a_report_that_fails_does_not_undo_the_training(photos, tmp_path, capsys, monkeypatch):
+    import visu.report
+
+    def fail(exp):
+        raise UserError("no disk")
+
+    monkeypatch.setattr(visu.report, "write_report", fail)
+    args = arguments(photos, tmp_path / "exp", "--epochs", 1)
+    args.no_report = False
+    main.main(args)
+    assert "no report: no disk" in capsys.readouterr().out
+    assert (tmp_path / "exp" / "checkpoint.pth.tar").is_file()
+
+
+def test_config_tells_settings_and_images(finished, photos):
+    config = json.loads((finished / "config.json").read_text())
+    assert config["args"]["dir"] == str(photos.resolve()) and config["args"]["nmb_cluster"] == 8
+    assert config["images"]["number"] == 60 and len(config["images"]["classes"]) == 6
+
+
+def test_the_network_of_the_moment_of_clustering_is_kept(finished, photos):
+    """Its features, whitened, assigned to its centroids, are the stored assignment; the weights went on."""
+    saved = checkpoint.read(finished / checkpoint.CLUSTERING)
+    net = checkpoint.build_from(saved, finished)
+    whitening = clustering.PCAWhitening.from_state_dict(saved["whitening"])
+    assignment = clustering.Assignment.from_state_dict(saved["assignment"])
+    images = data.list_images(photos)
+    loader = data.make_loader(data.CentralView(images, 32), 16, 0)
+    rows, _ = features.extract_features(net, loader, models.FEATURE, 60, torch.device("cpu"))
+    x = clustering.normalise_rows(whitening.apply(rows))
+    labels, distances = clustering.assign(x, assignment.centroids)
+    assert saved["epoch"] == 2 and saved["paths"] == list(images.paths)
+    assert (labels == assignment.labels).all() and np.allclose(distances, assignment.distances, atol=1e-5)
+    after = checkpoint.load_model(finished / "checkpoint.pth.tar").state_dict()
+    assert not torch.equal(after["features.0.weight"], saved["state_dict"]["features.0.weight"])
+    assert not any(name.startswith("top_layer") for name in saved["state_dict"])
+
+
+def test_a_run_on_shards_is_the_run_on_the_folder(photos, tmp_path, finished):
+    pytest.importorskip("webdataset")
+    from tools import make_shards
+
+    pattern = str(tmp_path / "small-%06d.tar")
+    make_shards.main(make_shards.get_parser().parse_args([str(photos), pattern, "--size-mb", "0.05"]))
+    shards = sorted(tmp_path.glob("*.tar"))
+    assert len(shards) > 1
+    args = arguments(photos, tmp_path / "exp")
+    args.dir, args.shards = None, f"{tmp_path}/small-{{000000..{len(shards) - 1:06d}}}.tar"
+    main.main(args)
+    assert_same_run(tmp_path / "exp", finished)
+
+
+def test_dir_and_shards_are_alternatives(photos, tmp_path):
+    args = arguments(photos, tmp_path / "exp", "--shards", "x.tar")
+    with pytest.raises(UserError, match="one of them"):
+        main.main(args)
+
+
+def test_crops_are_decoded_once_and_the_run_is_the_same(photos, tmp_path, finished, monkeypatch):
+    decoded = []
+    original = data.CentralView.__getitem__
+
+    def spy(self, i):
+        before = self.images.decode
+        self.images.decode = lambda i: decoded.append(i) or before(i)
+        try:
+            return original(self, i)
+        finally:
+            del self.images.decode
+
+    monkeypatch.setattr(data.CentralView, "__getitem__", spy)
+    exp = train(photos, tmp_path / "exp")
+    assert sorted(decoded) == list(range(60))  # three passes
+    assert not (exp / "crops").exists()
+    assert_same_run(exp, finished)
+
+    decoded.clear()
+    train(photos, tmp_path / "kept", "--epochs", 1, "--crop-cache", tmp_path / "cache")
+    train(photos, tmp_path / "again", "--epochs", 1, "--crop-cache", tmp_path / "cache")
+    assert len(decoded) == 60
+    train(photos, tmp_path / "off", "--epochs", 1, "--crop-cache", "off")
+    assert len(decoded) == 120
+
+
+def test_resume_auto_takes_the_newest_checkpoint_or_begins(photos, tmp_path, finished, monkeypatch, capsys):
+    exp = train(photos, tmp_path / "exp", "--resume", "auto", "--epochs", 1, "--checkpoints", 3)
+    assert "resuming" not in capsys.readouterr().out
+    (exp / "checkpoint.pth.tar").unlink()
+    train(photos, exp, "--resume", "auto", "--checkpoints", 3)
+    assert "checkpoint_1.pth.tar in epoch 0 after 3" in capsys.readouterr().out
+    assert_same_run(exp, finished)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_precisions_of_gpus_are_refused_on_a_cpu(photos, tmp_path, precision):
+    with pytest.raises(UserError, match=f"--precision {precision}"):
+        train(photos, tmp_path / "exp", "--precision", precision)
+
+
+def test_a_signal_in_training_writes_a_checkpoint_first(photos, tmp_path, finished, monkeypatch):
+    original = main.Run.before_step
+
+    def spy(self):
+        if self.iteration == 5:
+            signal.raise_signal(signal.SIGUSR1)
+        return original(self)
+
+    monkeypatch.setattr(main.Run, "before_step", spy)
+    exp = tmp_path / "exp"
+    with pytest.raises(Preempted):
+        train(photos, exp)
+    saved = checkpoint.read(exp / "checkpoint.pth.tar")
+    assert (saved["epoch"], saved["iteration"], saved["position"]) == (1, 6, 2)
+    monkeypatch.undo()
+    models.ARCHITECTURES["tiny"] = tiny.tiny
+    train(photos, exp, "--resume", "auto")
+    assert_same_run(exp, finished)
+
+
+def test_a_signal_elsewhere_ends_the_run_at_once(photos, tmp_path, finished, monkeypatch):
+    original = main.Run.fresh_head
+
+    def spy(self):
+        if self.epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+        original(self)
+
+    monkeypatch.setattr(main.Run, "fresh_head", spy)
+    with pytest.raises(Preempted, match="SIGTERM"):
+        train(photos, tmp_path / "exp")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    models.ARCHITECTURES["tiny"] = tiny.tiny
+    train(photos, tmp_path / "exp", "--resume", "auto")
+    assert_same_run(tmp_path / "exp", finished)
+
+
+def test_a_compiled_step_trains_the_same_within_rounding(photos, tmp_path, monkeypatch):
+    """The compiler is asked for the whole network's forward; here its front end alone, which needs no C++."""
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_(self, backend="eager"))
+    one = train(photos, tmp_path / "one", "--epochs", 1)
+    two = train(photos, tmp_path / "two", "--epochs", 1, "--compile")
+    assert log_of(two)[0]["loss"] == pytest.approx(log_of(one)[0]["loss"], abs=1e-4)

@@ -30,6 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+from shards import list_shards
 from util import Log, Progress, UserError, atomic_write, derive_seed, run_main
 from visu.pages import printable, read_config
 
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> Path:
         file, config = Path(args.exp) / "assignments.csv", read_config(args.exp)
         if config is None:
             raise UserError(f"{args.exp}/config.json is missing: not the folder of a run of main.py")
-        source = args.data or config["args"]["dir"]
+        source = args.data or config["args"].get("shards") or config["args"]["dir"]
         num_clusters = config["args"]["nmb_cluster"] if config["args"]["clustering"] == "Kmeans" else None
         name = Path(args.exp).resolve().name
         out = Path(args.out) if args.out else Path(args.exp) / "clusters.html"
@@ -163,7 +164,7 @@ def open_images(
                 f"{source}: none of the images lies there, e.g. {paths[0]}; say where with --data"
             )
         return images, labels, distances
-    listed = data.list_images(source)
+    listed = list_shards(source) if str(source).endswith(".tar") else data.list_images(source)
     row = {path: i for i, path in enumerate(paths)}
     images = listed.keep(np.array([path in row for path in listed.paths]))
     order = [row[path] for path in images.paths]

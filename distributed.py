@@ -1,0 +1,163 @@
+"""The one place that knows of several processes; with one, without a group, everything is the identity.
+
+    torchrun --nproc-per-node=8 main.py ...        sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+
+Consecutive images belong to each rank; what is to be whole again is gathered in the order of the ranks.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from util import UserError, choose_device
+
+# While the first process clusters, the others wait for it; a process that died is noticed by the launcher.
+TIMEOUT = timedelta(hours=1)
+CHUNK_BYTES = 64 * 2**20  # rows are gathered in pieces of this size
+
+
+def init(device: str | None = None) -> torch.device:
+    """Join the group that the launcher's environment tells of, if there is one; the device to compute on.
+
+    NCCL for tensors on GPUs, gloo for those on CPUs. A process of several on a machine takes the GPU of its
+    LOCAL_RANK. Raises UserError for a device that is not there.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return choose_device(device)
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(chosen)
+    store, my_rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps its store over restarts: under the same names a restarted group finds dead addresses.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=my_rank, world_size=size, timeout=TIMEOUT)
+    return chosen
+
+
+def shutdown() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shard(n: int, of_rank: int | None = None, size: int | None = None) -> range:
+    """The consecutive ones of n things that belong to a rank: n * r // w to n * (r + 1) // w."""
+    of_rank = rank() if of_rank is None else of_rank
+    size = world_size() if size is None else size
+    return range(n * of_rank // size, n * (of_rank + 1) // size)
+
+
+def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks, in place; returns the tensor."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every rank the first one's values, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def broadcast_object(value: Any) -> Any:
+    """The first rank's value, on every rank. It is pickled: for values of our own only."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call function on the first rank; its result, or the UserError that it raised, is every rank's."""
+    if world_size() == 1:
+        return function(*args, **options)
+    result, error = None, None
+    if is_main():
+        try:
+            result = function(*args, **options)
+        except (UserError, OSError) as raised:
+            error = str(raised)
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise UserError(error)
+    return result
+
+
+def gather_rows(rows: np.ndarray) -> np.ndarray | None:
+    """(n_r, ...) of each rank -> (N, ...) in the order of ranks on the first, None on the others.
+
+    Ranks may hold different numbers of rows, also none. Only the first one ever holds all of them.
+    """
+    if world_size() == 1:
+        return rows
+    counts = gather_objects(len(rows))
+    step = max(1, CHUNK_BYTES // max(rows[:1].nbytes, rows.dtype.itemsize, 1))
+    whole = np.empty((sum(counts), *rows.shape[1:]), rows.dtype) if is_main() else None
+    begin = 0
+    for source, count in enumerate(counts):
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            if source == 0:
+                if is_main():
+                    whole[begin + start : begin + stop] = rows[start:stop]
+            elif is_main():
+                dist.recv(torch.from_numpy(whole[begin + start : begin + stop]), source)
+            elif rank() == source:
+                dist.send(torch.from_numpy(np.ascontiguousarray(rows[start:stop])), 0)
+        begin += count
+    return whole
+
+
+def all_gather_rows(rows: np.ndarray) -> np.ndarray:
+    """(n_r, ...) of each rank -> (N, ...) in the order of ranks, on every rank."""
+    whole = gather_rows(rows)
+    if world_size() == 1:
+        return whole
+    shape = broadcast_object(None if whole is None else whole.shape)
+    if whole is None:
+        whole = np.empty(shape, rows.dtype)
+    flat = torch.from_numpy(whole.reshape(-1))
+    step = max(1, CHUNK_BYTES // rows.dtype.itemsize)
+    for start in range(0, len(flat), step):
+        dist.broadcast(flat[start : start + step], 0)
+    return whole

@@ -1,0 +1,97 @@
+"""Batch norm and dropout of a batch that lies in two processes, against one process."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import models
+from models.parallel import Share, SharedDropout, SyncBatchNorm2d, share_among_ranks
+from tests import tiny
+
+SPLITS = ((5, 3), (8, 0), (1, 7))
+
+
+def whole():
+    """The batch (8, 4, 3, 3), what the output is weighed with, and the layer."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(8, 4, 3, 3, generator=generator) * 2 + 5
+    weight = torch.randn(8, 4, 3, 3, generator=generator)
+    layer = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([0.5, 1.0, 2.0, -1.0]))
+        layer.bias.copy_(torch.tensor([0.0, 1.0, -1.0, 3.0]))
+    return x, weight, layer
+
+
+def on_rank(rank, port, folder):
+    """What a rank computes of every split: written to a file, as the parent asserts."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = []
+    for split in SPLITS:
+        x, weight, reference = whole()
+        layer = SyncBatchNorm2d(4)
+        layer.load_state_dict(reference.state_dict())
+        rows = range(split[0]) if rank == 0 else range(split[0], 8)
+        x = x[rows.start : rows.stop].requires_grad_()
+        y = layer(x)
+        (y * weight[rows.start : rows.stop]).sum().backward()
+        torch.manual_seed(7)
+        dropped = SharedDropout(0.5, Share(8, rows))(torch.ones(len(rows), 6))
+        found.append({
+            "y": y.detach(), "gradient": x.grad, "dropped": dropped,
+            "weight": layer.weight.grad, "bias": layer.bias.grad, "state": layer.state_dict(),
+        })  # fmt: skip
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(on_rank, (port, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", range(len(SPLITS)))
+def test_batch_norm_over_two_processes_is_that_of_the_whole_batch(ranks, case):
+    x, weight, layer = whole()
+    x.requires_grad_()
+    y = layer(x)
+    (y * weight).sum().backward()
+    one, two = (found[case] for found in ranks)
+    assert torch.allclose(torch.cat([one["y"], two["y"]]), y, atol=1e-5)
+    assert torch.allclose(torch.cat([one["gradient"], two["gradient"]]), x.grad, atol=1e-5)
+    for name in ("weight", "bias"):
+        assert torch.allclose(one[name] + two[name], getattr(layer, name).grad, atol=1e-4)
+    for found in (one, two):
+        for name, value in layer.state_dict().items():
+            assert torch.allclose(found["state"][name].double(), value.double(), atol=1e-6), name
+
+
+@pytest.mark.parametrize("case", range(len(SPLITS)))
+def test_dropout_masks_of_two_processes_make_up_that_of_one(ranks, case):
+    torch.manual_seed(7)
+    expected = nn.functional.dropout(torch.ones(8, 6), 0.5)
+    assert torch.equal(torch.cat([found[case]["dropped"] for found in ranks]), expected)
+
+
+def test_names_weights_and_evaluation_stay_as_they_are():
+    net, shared = (tiny.tiny(True, 5, seed=1).eval() for _ in range(2))
+    share_among_ranks(shared, Share(), sync_bn=True)
+    assert list(net.state_dict()) == list(shared.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(net(x), shared(x))
+    kinds = [type(layer) for layer in shared.features]
+    assert SyncBatchNorm2d in kinds and nn.BatchNorm2d not in kinds
+    share_among_ranks(net, Share(), sync_bn=False)
+    assert SyncBatchNorm2d not in [type(layer) for layer in net.features]
+    assert isinstance(net, models.DeepClusterNet)

@@ -1,0 +1,157 @@
+"""main.py in several processes, as users start them, against one process; ranks killed; signals sent."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import clustering
+import logbook
+import main
+from tests.test_main import assert_same_run, equal, photos  # noqa: F401
+from util import Preempted
+
+ROOT = Path(main.__file__).parent
+FLAGS = (
+    "--arch tiny --image-size 32 --k 6 --batch 14 --workers 0 --device cpu --lr 0.02 --epochs 2 --no-report "
+    "--sync-bn"
+)
+
+
+def command(processes, folder, exp, *flags, restarts=0):
+    launcher = [sys.executable, "-m"]
+    if processes:
+        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        launcher += ["--max-restarts", str(restarts), "-m"]
+    return [*launcher, "tests.tiny", str(folder), "--exp", str(exp), *FLAGS.split(), *map(str, flags)]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(*args, **options):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(*args, **options), cwd=ROOT, env=ENVIRONMENT, **pipes)
+
+
+def run(*args, **options):
+    """Run to the end; the output."""
+    process = start(*args, **options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def ranks_of(launcher):
+    """Process ids of the ranks that a torchrun process has started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    return [int(pid) for pid in children.read_text().split()]
+
+
+def wait_for(path, launcher, seconds=120):
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert launcher.poll() is None and time.monotonic() < until, launcher.communicate()[0]
+        time.sleep(0.02)
+
+
+def kill_one_rank(launcher):
+    """SIGKILL for the last rank, as the kernel does when memory is short."""
+    os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def alone(photos, tmp_path_factory):  # noqa: F811
+    """The same run in one process, without a group."""
+    exp = tmp_path_factory.mktemp("alone") / "exp"
+    run(0, photos, exp)
+    return exp
+
+
+@pytest.fixture(scope="module")
+def pair(photos, tmp_path_factory):  # noqa: F811
+    """The run in two processes, k-means by faiss."""
+    exp = tmp_path_factory.mktemp("pair") / "exp"
+    run(2, photos, exp, "--checkpoints", 1)
+    return exp
+
+
+def assert_about_the_same(one, other):
+    """First epoch: clustering and loss, within rounding; the clusters themselves nearly all."""
+    a, b = (logbook.read_lines(exp / "log.jsonl")[0] for exp in (one, other))
+    assert b["clustering_loss"] == pytest.approx(a["clustering_loss"], rel=1e-3)
+    assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
+    assert a["iteration"] == b["iteration"]
+    lists = [read_log(exp)[0] for exp in (one, other)]
+    first = [np.repeat(np.arange(len(ids)), [len(i) for i in ids]) for ids in lists]
+    order = [np.concatenate(ids).astype(int) for ids in lists]
+    labels = [f[np.argsort(o)] for f, o in zip(first, order)]
+    assert sorted(order[1]) == list(range(60))  # every image once
+    assert clustering.compare(*labels)["nmi"] >= 0.95
+
+
+def read_log(exp):
+    with open(exp / "clusters", "rb") as file:
+        return pickle.load(file)
+
+
+def test_two_processes_give_the_run_of_one(alone, pair):
+    assert_about_the_same(alone, pair)
+    one, two = (checkpoint.read(exp / "clustering.pth.tar") for exp in (alone, pair))
+    weights = zip(one["state_dict"].items(), two["state_dict"].values())
+    for (name, a), b in weights:  # after an epoch of training
+        assert torch.allclose(a.double(), b.double(), atol=2e-3), name
+
+
+@pytest.mark.parametrize("processes, kmeans", [(4, "faiss"), (3, "distributed")])
+def test_other_numbers_of_processes_too(alone, photos, tmp_path, processes, kmeans):  # noqa: F811
+    run(processes, photos, tmp_path / "exp", "--kmeans", kmeans, "--epochs", 1)
+    assert_about_the_same(alone, tmp_path / "exp")
+
+
+def test_a_killed_rank_ends_the_job_with_the_reason_and_it_resumes_exactly(photos, tmp_path, pair):  # noqa: F811
+    exp = tmp_path / "exp"
+    launcher = start(2, photos, exp, "--checkpoints", 1)
+    wait_for(exp / "checkpoints" / "checkpoint_2.pth.tar", launcher)
+    kill_one_rank(launcher)
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0 and "SIGKILL" in output
+    run(2, photos, exp, "--checkpoints", 1, "--resume", "auto")
+    assert_same_run(exp, pair)
+
+
+def test_torchrun_restarts_a_killed_job_where_it_was(photos, tmp_path, pair):  # noqa: F811
+    exp = tmp_path / "exp"
+    launcher = start(2, photos, exp, "--checkpoints", 1, "--resume", "auto", restarts=1)
+    wait_for(exp / "checkpoints" / "checkpoint_5.pth.tar", launcher)
+    kill_one_rank(launcher)
+    output, _ = launcher.communicate(timeout=200)
+    assert launcher.returncode == 0, output
+    assert "resuming" in output
+    assert_same_run(exp, pair)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_writes_a_checkpoint_and_another_number_of_processes_goes_on(
+    alone, photos, tmp_path, number  # noqa: F811
+):  # fmt: skip
+    exp = tmp_path / "exp"
+    process = start(0, photos, exp, "--checkpoints", 1, "--epochs", 400)
+    wait_for(exp / "checkpoints" / "checkpoint_1.pth.tar", process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == Preempted.EXIT_CODE, output
+    assert "--resume auto" in output and "Traceback" not in output
+    saved = checkpoint.read(exp / "checkpoint.pth.tar")
+    if saved["epoch"] < 2:
+        run(2, photos, exp, "--checkpoints", 100, "--resume", "auto")
+        assert_about_the_same(alone, exp)
+        assert equal(len(logbook.read_lines(exp / "log.jsonl")), 2)
