@@ -519,7 +519,7 @@ def _assign_or_none(
 
 
 def _faiss_start(x: np.ndarray, first: int, n: int, k: int, seed: int) -> np.ndarray:
-    """The k of n rows that Faiss starts with for this seed, (k, d) float32; x holds the rows from `first` on."""
+    """The k of n rows with which Faiss starts for this seed, (k, d) float32; x: rows from `first` on."""
     order = np.empty(n, np.int32)
     faiss.rand_perm(faiss.swig_ptr(order), n, seed + 1)
     chosen = order[:k].astype(np.int64) - first
