@@ -59,6 +59,7 @@ demo() {
     echo "demo: images in $images"
     echo "demo: network in $last (started from $first)"
     echo "demo: log in $exp/log.jsonl, clusters in $exp/clusters and $exp/assignments.csv"
+    echo "demo: look at $exp/report.html and $exp/clusters.html"
 }
 
 if [[ -z $DIR && ${1:-} =~ ^(-h|--help)$ ]]; then
