@@ -1,0 +1,304 @@
+"""assign.py: the run's own images keep their clusters, others go to the nearest one."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import assign
+import checkpoint
+import clustering
+import data
+import models
+import released
+from tests import small_run, tiny
+from tests.small_run import SIZE
+from tools import make_shards
+from util import UserError
+from visu import clusters as gallery
+
+
+@pytest.fixture(autouse=True)
+def tiny_network(monkeypatch):
+    monkeypatch.setitem(models.ARCHITECTURES, "tiny", tiny.tiny)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """images/ and new/, other crops; Kmeans/ and PIC/: runs on images/."""
+    root = tmp_path_factory.mktemp("work")
+    small_run.write_crops(root / "images")
+    small_run.write_crops(root / "new", each=8, first=50)
+    for name in ("Kmeans", "PIC"):
+        small_run.train(root / "images", root / name, "--clustering", name)
+    return root
+
+
+def run(work, out, *flags, images="images", exp="Kmeans"):
+    common = [
+        str(work / images),
+        "--run",
+        str(work / exp),
+        "--out",
+        str(out),
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
+    return assign.main(assign.get_parser().parse_args([*common, *map(str, flags)]))
+
+
+def state_of(work, exp):
+    return checkpoint.read(work / exp / checkpoint.CLUSTERING)
+
+
+def brute_force(work, folder, exp):
+    """Labels and squared distances in float64, image by image: all distances, the smallest."""
+    state = state_of(work, exp)
+    net = checkpoint.load_model(work / exp / checkpoint.CLUSTERING).double()
+    view = data.CentralView(data.list_images(folder), SIZE)
+    with torch.no_grad():
+        x = torch.stack([data.normalise(view[i][0]).double() for i in range(len(view))])
+        x = torch.cat([net.activations(image[None], ["fc7.pre"])["fc7.pre"] for image in x])
+    x = torch.nn.functional.normalize((x - state["whitening"]["mean"]) @ state["whitening"]["matrix"])
+    labels, centroids = state["assignment"]["labels"], state["assignment"]["centroids"].double()
+    if exp == "PIC":
+        labels = labels[torch.cdist(x, state["points"].double()).argmin(1)]
+    else:
+        labels = torch.cdist(x, centroids).argmin(1)
+    return labels.numpy(), (x - centroids[labels]).square().sum(1).numpy()
+
+
+# ---------------------------------------------------------------------------------------- images of the run
+
+
+@pytest.mark.parametrize("exp", ["Kmeans", "PIC"])
+def test_training_images_get_the_stored_assignment_exactly(work, tmp_path, exp, capsys):
+    last, moment = (
+        checkpoint.read(work / exp / name) for name in ("checkpoint.pth.tar", checkpoint.CLUSTERING)
+    )
+    name = "features.0.weight"
+    assert not torch.equal(last["state_dict"][name], moment["state_dict"][name])  # training went on
+    run(work, tmp_path / "a.csv", exp=exp)
+    assert (tmp_path / "a.csv").read_bytes() == (work / exp / "assignments.csv").read_bytes()
+    assert "48 are known to the run by their path, 48 of them are in the cluster" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("exp", ["Kmeans", "PIC"])
+def test_part_of_them_in_other_batches_too(work, tmp_path, exp):
+    shutil.copytree(work / "images", tmp_path / "images")
+    paths = data.list_images(tmp_path / "images").paths
+    for i in range(0, 48, 3):
+        (tmp_path / "images" / paths[i]).unlink()
+    labels, _ = run(work, tmp_path / "a.csv", "--batch", 5, images=tmp_path / "images", exp=exp)
+    stored = state_of(work, exp)["assignment"]["labels"].numpy()
+    assert np.array_equal(labels, np.delete(stored, np.arange(0, 48, 3)))
+
+
+def test_a_run_in_float16_is_assigned_as_it_was(work, tmp_path):
+    small_run.train(work / "images", tmp_path / "exp", "--feature-dtype", "float16", "--epochs", 1)
+    run(work, tmp_path / "a.csv", exp=tmp_path / "exp")
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "exp" / "assignments.csv").read_bytes()
+
+
+@pytest.mark.parametrize("exp", ["Kmeans", "PIC"])
+def test_new_images_equal_brute_force(work, tmp_path, exp, monkeypatch):
+    monkeypatch.setattr(assign, "CHUNK", 10)
+    labels, distances = run(work, tmp_path / "a.csv", "--batch", 4, images="new", exp=exp)
+    expected, squared = brute_force(work, work / "new", exp)
+    assert np.array_equal(labels, expected) and np.allclose(distances, squared, atol=1e-3)
+    assert len(set(labels.tolist())) > 1
+    paths, read, _ = gallery.read_assignments(tmp_path / "a.csv")
+    assert paths == list(data.list_images(work / "new").paths) and np.array_equal(read, labels)
+
+
+@pytest.mark.parametrize("exp", ["Kmeans", "PIC"])
+def test_changed_images_go_where_they_belong_now(work, tmp_path, exp, capsys):
+    shutil.copytree(work / "images", tmp_path / "images")
+    images, stored = (
+        data.list_images(tmp_path / "images"),
+        state_of(work, exp)["assignment"]["labels"].numpy(),
+    )
+    other = [int(np.flatnonzero(stored != stored[i])[-1]) for i in range(3)]
+    for i, j in enumerate(other):
+        shutil.copy(work / "images" / images.paths[j], images.path(i))
+    labels, _ = run(work, tmp_path / "a.csv", images=tmp_path / "images", exp=exp)
+    assert np.array_equal(labels, [*stored[other], *stored[3:]])
+    assert "45 of them are in the cluster that it gave them, 3 are not" in capsys.readouterr().out
+
+
+def two_clusters(points=None, labels=(1, 0, 0)):
+    """Centroids at 10 and 80 degrees; the run put image 0, halfway between them, into cluster 1."""
+    angles = np.radians([45, 10, 12])
+    x = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    turned = np.radians([10, 80])
+    centroids = np.stack([np.cos(turned), np.sin(turned)], 1).astype(np.float32)
+    labels = np.array(labels)
+    distances = assign.squared_distances(x, centroids[labels]).astype(np.float32)
+    stored = clustering.Assignment(labels, 2, 0.0, distances, centroids)
+    pca = clustering.PCAWhitening(np.zeros(2), np.eye(2))
+    return x, assign.Clusters(pca, stored, points, {}, "float32", 2e-6, torch.device("cpu"))
+
+
+def at(degrees):
+    return np.array([[np.cos(np.radians(degrees)), np.sin(np.radians(degrees))]], np.float32)
+
+
+def test_a_near_tie_is_decided_by_the_run_for_its_own_images_only():
+    _, clusters = two_clusters()
+    tolerance = np.array([1e-3])
+    nearer_to_0 = at(44.99)  # by 4e-4 of squared distance, which is noise
+    assert clusters.assign(nearer_to_0, tolerance, np.array([-1]))[0] == [0]
+    labels, distances = clusters.assign(nearer_to_0, tolerance, np.array([0]))
+    assert labels == [1] and distances[0] == clusters.stored.distances[0]
+    assert clusters.assign(at(44), tolerance, np.array([0]))[0] == [0]  # by 0.04, which is not
+    labels, distances = clusters.assign(at(10), tolerance, np.array([0]))
+    assert labels == [0] and distances[0] < 1e-6
+
+
+def test_a_tie_of_another_picture_is_not_the_runs():
+    """A picture as far from both centroids as before it was near to its own is another picture."""
+    _, clusters = two_clusters(labels=(1, 0, 1))
+    clusters.stored.distances[0] = 0.1
+    labels, distances = clusters.assign(at(44.99), np.array([1e-3]), np.array([0]))
+    assert labels == [0] and abs(distances[0] - assign.squared_distances(at(44.99), at(10))[0]) < 1e-6
+
+
+def test_equal_images_in_two_clusters_of_pic_keep_theirs():
+    x = np.concatenate([at(45), at(45), at(80)])
+    _, clusters = two_clusters(points=x, labels=(1, 0, 0))
+    labels, _ = clusters.assign(x, np.full(3, 1e-3), np.arange(3))
+    assert labels.tolist() == [1, 0, 0]
+    changed, _ = clusters.assign(at(80), np.array([1e-3]), np.array([0]))
+    assert changed == [0]
+
+
+def test_the_tolerance_covers_noise_of_the_features(work):
+    """Distances of features with noise of the assumed size stay within it, in the worst of 20 draws."""
+    state = state_of(work, "Kmeans")
+    clusters = assign.Clusters.from_state(state, "fp16", torch.device("cpu"))
+    assert clusters.noise == 1e-3
+    features = (
+        torch.randn(48, 40, generator=torch.Generator().manual_seed(0)) * 0.01 + state["whitening"]["mean"]
+    )
+    features = features.float()
+    x, tolerance = clusters.place(features)
+    centroids = clusters.stored.centroids
+    before = np.stack([assign.squared_distances(x, c) for c in centroids], 1)
+    for seed in range(20):
+        noise = torch.randn(48, 40, generator=torch.Generator().manual_seed(seed))
+        rms = features.square().mean(1, keepdim=True).sqrt()
+        y, _ = clusters.place(features + 1e-3 * rms * noise)
+        after = np.stack([assign.squared_distances(y, c) for c in centroids], 1)
+        assert (np.abs(after - before).max(1) < tolerance).all()
+    assert 1e-3 <= tolerance.min() and tolerance.max() < 1
+
+
+# ---------------------------------------------------------------------------------------- the forms
+
+
+def test_the_pickle_is_of_the_authors_form(work, tmp_path):
+    labels, _ = run(work, tmp_path / "a.pickle", "--format", "pickle", images="new")
+    pairs = released.read_assignments(tmp_path / "a.pickle")
+    assert pairs == list(zip(data.list_images(work / "new").paths, labels.tolist()))
+
+
+@pytest.mark.parametrize("flags", [[], ["--relative"], ["--copy"]])
+def test_links_by_cluster_nearest_first(work, tmp_path, flags):
+    (tmp_path / "out").mkdir()  # empty
+    labels, distances = run(work, tmp_path / "out", "--format", "links", *flags, images="new")
+    images = data.list_images(work / "new")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted({str(c) for c in labels.tolist()})
+    for cluster in set(labels.tolist()):
+        members = sorted(np.flatnonzero(labels == cluster).tolist(), key=lambda i: distances[i])
+        found = sorted((tmp_path / "out" / str(cluster)).iterdir())
+        assert [p.name.split("_", 1)[1] for p in found] == [images.path(i).name for i in members]
+        assert [p.read_bytes() for p in found] == [images.path(i).read_bytes() for i in members]
+        for path in found:
+            assert path.is_symlink() == (flags != ["--copy"])
+            assert not path.is_symlink() or os.path.isabs(os.readlink(path)) == (flags == [])
+    assert len(list(tmp_path.iterdir())) == 1  # nothing is left beside
+
+
+def test_links_of_one_name_and_of_long_names(tmp_path):
+    long = "é" * 125 + ".jpg"  # 254 bytes
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for name in ("same.jpg", long):
+            (tmp_path / folder / name).write_text(folder)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    images = data.ImageList(tmp_path, ["a/same.jpg", "b/same.jpg", f"a/{long}", f"b/{long}", "none.jpg"])
+    out = tmp_path / "link" / "out"  # relative links must count from where the folder really is
+    labels, distances = np.array([3, 3, 3, 3, -1]), np.array([4, 1, 2, 3, 0], np.float32)
+    assign.write_links(images, labels, distances, out, 1000, relative=True)
+    found = sorted((out / "003").iterdir())
+    assert [path.read_text() for path in found] == ["b", "a", "b", "a"]
+    assert [path.name[:4] for path in found] == ["0_sa", "1_éé", "2_éé", "3_sa"]
+    assert all(len(os.fsencode(path.name)) <= 255 and path.suffix == ".jpg" for path in found)
+
+
+def test_shards_are_copied_by_cluster(work, tmp_path):
+    arguments = [str(work / "images"), str(tmp_path / "s-%02d.tar"), "--size-mb", "0.05"]
+    make_shards.main(make_shards.get_parser().parse_args(arguments))
+    flags = ["--shards", str(tmp_path / "s-*.tar"), "--run", str(work / "Kmeans"), "--workers", "0"]
+    flags += ["--device", "cpu", "--out", str(tmp_path / "out"), "--format", "links", "--copy"]
+    labels, _ = assign.main(assign.get_parser().parse_args(flags))
+    assert np.array_equal(labels, state_of(work, "Kmeans")["assignment"]["labels"].numpy())
+    copies = sorted(path.read_bytes() for path in (tmp_path / "out").rglob("*.jpg"))
+    assert copies == sorted(path.read_bytes() for path in (work / "images").rglob("*.jpg"))
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+
+def test_damaged_images_stop_it_or_are_left_out(work, tmp_path):
+    shutil.copytree(work / "images", tmp_path / "images")
+    images = data.list_images(tmp_path / "images")
+    images.path(20).write_bytes(images.read(20)[:-40])
+    with pytest.raises(UserError, match=f"1 of 48 images cannot be decoded .*{images.paths[20]}"):
+        run(work, tmp_path / "a.csv", images=tmp_path / "images")
+    assert not (tmp_path / "a.csv").exists()
+    labels, _ = run(work, tmp_path / "a.csv", "--skip-bad-images", images=tmp_path / "images")
+    assert np.flatnonzero(labels < 0).tolist() == [20]
+    lines = (work / "Kmeans" / "assignments.csv").read_text().splitlines()
+    assert (tmp_path / "a.csv").read_text().splitlines() == [*lines[:21], *lines[22:]]
+
+
+def test_only_a_clustering_is_taken(work, tmp_path):
+    with pytest.raises(
+        UserError, match=r"checkpoint\.pth\.tar: holds no PCA and centroids .*clustering\.pth\.tar"
+    ):
+        run(work, tmp_path / "a.csv", exp="Kmeans/checkpoint.pth.tar")
+    with pytest.raises(UserError, match=r"clustering\.pth\.tar is missing: main\.py writes it"):
+        run(work, tmp_path / "a.csv", exp="images")
+    run(work, tmp_path / "a.csv", exp="Kmeans/clustering.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--copy"], "only with --format links"),
+        (["--format", "links", "--copy", "--relative"], "one of them"),
+        (["--shards", "a.tar"], "one of them"),
+        (["--batch", "0"], "--batch 0"),
+        (["--precision", "tf32"], "CUDA"),
+    ],
+)
+def test_mistakes_are_told_before_any_work(work, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        run(work, tmp_path / "a", *flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_out_folder_must_be_new_or_empty(work, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "mine.png")
+    with pytest.raises(UserError, match="new or empty"):
+        run(work, tmp_path, "--format", "links")
+    with pytest.raises(UserError, match="is a folder"):
+        run(work, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
