@@ -35,6 +35,7 @@ def set_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
     fast = "tf32" if precision == "tf32" else "ieee"
     torch.backends.cuda.matmul.fp32_precision = fast
     torch.backends.cudnn.conv.fp32_precision = fast
+    torch.backends.cudnn.rnn.fp32_precision = fast  # there is none, but torch.export wants the two alike
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=half, enabled=precision in ("bf16", "fp16"))
 

@@ -748,10 +748,11 @@ class WorkerState(torch.utils.data.Dataset):
 
 
 def test_workers_use_one_thread_and_ignore_ctrl_c():
+    before = signal.getsignal(signal.SIGINT)
     loader = data.make_loader(WorkerState(), 1, workers=1)
     threads, ignored = next(iter(loader))
     assert threads.flatten().tolist() == [1, 1, 1] and ignored.tolist() == [1]
-    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_worker_setup(monkeypatch):
@@ -759,7 +760,8 @@ def test_worker_setup(monkeypatch):
     monkeypatch.setattr(data.torch, "set_num_threads", calls.append)
     monkeypatch.setattr(data.signal, "signal", lambda *arguments: calls.append(arguments))
     data.init_worker(0)
-    assert calls == [1, (signal.SIGINT, signal.SIG_IGN)]
+    ignored = [(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert calls == [1, *ignored]
 
 
 # ---------------------------------------------------------------------------------------- normalisation

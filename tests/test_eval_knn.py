@@ -272,7 +272,7 @@ def test_default_layers_are_the_last_convolution_and_the_clustered_feature(folde
         ({"model": "nowhere.pth.tar"}, "nowhere.pth.tar: no such checkpoint file"),
         ({"baseline": "nowhere.pth.tar"}, "nowhere.pth.tar: no such checkpoint file"),
         ({"device": "abacus"}, "--device abacus: not a device"),
-        ({"precision": "tf32"}, "--precision tf32: only CUDA GPUs have it"),
+        ({"precision": "tf32"}, "--precision tf32: for CUDA GPUs only"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
