@@ -393,15 +393,20 @@ def _on_gpu(device: torch.device | str) -> bool:
 
 
 def _nearest(
-    queries: np.ndarray, points: np.ndarray, count: int, device: torch.device | str
+    queries: np.ndarray, points: np.ndarray, count: int, device: torch.device | str, alone: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Exact search: the `count` nearest of `points` for each query, nearest first.
 
-    Returns squared L2 distances (N, count) float32 and indexes (N, count) int64.
+    Returns squared L2 distances (N, count) float32 and indexes (N, count) int64. On all GPUs; of a process
+    that searches beside others (`alone` false) on its own.
     """
     index = faiss.IndexFlatL2(points.shape[1])
     if _on_gpu(device):
-        index = faiss.index_cpu_to_all_gpus(index)
+        if alone:
+            index = faiss.index_cpu_to_all_gpus(index)
+        else:
+            resources = faiss.StandardGpuResources()  # to be kept for as long as the index is used
+            index = faiss.index_cpu_to_gpu(resources, torch.device(device).index or 0, index)
     index.add(np.ascontiguousarray(points))
     distances, indexes = index.search(np.ascontiguousarray(queries), count)
     return np.maximum(distances, 0, out=distances), indexes
@@ -512,10 +517,11 @@ def _points_or_error(x: np.ndarray) -> int | str:
 def _assign_or_none(
     x: np.ndarray, centroids: np.ndarray, device: torch.device | str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`assign`, also of no rows."""
+    """`assign`, also of no rows, by a process beside others."""
     if len(x) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
-    return assign(x, centroids, device)
+    distances, labels = _nearest(x, centroids, 1, device, alone=distributed.world_size() == 1)
+    return labels[:, 0], distances[:, 0]
 
 
 def _faiss_start(x: np.ndarray, first: int, n: int, k: int, seed: int) -> np.ndarray:

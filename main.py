@@ -218,7 +218,9 @@ def get_parser() -> argparse.ArgumentParser:
         "are faster and give a slightly different run (default: fp32 on every device)",
     )
     group.add_argument(
-        "--compile", action="store_true", help="torch.compile the training step (default: not, on any device)"
+        "--compile",
+        action="store_true",
+        help="torch.compile the training step; on a CPU it takes a C++ compiler and gains nothing",
     )
     group.add_argument("--tensorboard", action="store_true", help="also write EXP/tensorboard")
     group.add_argument("--verbose", action="store_true", help="chatty")
