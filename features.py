@@ -32,10 +32,9 @@ def set_precision(precision: str, device: torch.device) -> contextlib.AbstractCo
         raise UserError(f"--precision {precision}: for CUDA GPUs only; use fp32, or bf16 on a CPU with AMX")
     if precision == "bf16" and device.type == "cpu" and not cpu_has_amx():
         raise UserError("--precision bf16: this CPU has no AMX and would be slower than fp32; use fp32")
-    fast = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = fast
-    torch.backends.cudnn.conv.fp32_precision = fast
-    torch.backends.cudnn.rnn.fp32_precision = fast  # there is none, but torch.export wants the two alike
+    # The older of torch's two ways of saying so: torch.export fails after the newer one (torch 2.14).
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=half, enabled=precision in ("bf16", "fp16"))
 

@@ -114,3 +114,10 @@ def test_precisions_that_make_no_sense_are_refused(monkeypatch):
     monkeypatch.setattr(features, "cpu_has_amx", lambda: False)
     with pytest.raises(UserError, match="AMX"):
         features.set_precision("bf16", CPU)
+
+
+def test_a_network_can_still_be_exported_after_a_precision_was_set():
+    """torch.export reads the TF32 switches in a way that fails when only its newer ones were set."""
+    features.set_precision("fp32", torch.device("cpu"))
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.mkldnn.enabled
