@@ -126,8 +126,9 @@ def _fit_pca_sharded(features: np.ndarray, dim: int, device: torch.device | str)
 
     The D x D covariance is summed over the ranks; the first one takes its eigenvectors.
     """
-    n = sum(distributed.gather_objects(len(features)))
-    d = features.shape[1]
+    n, d = sum(distributed.gather_objects(len(features))), features.shape[1]
+    if n == 0 or d == 0 or dim < 1:
+        raise ValueError(f"PCA to {dim} dimensions of features of shape {(n, d)}")
     mean, mean_square = _moments(features, device, sharded=True)
     square = torch.zeros((d, d), dtype=torch.float64, device=device)
     _add_products(_lower_triangle(d, square), _centred_rows(features, mean))
@@ -140,7 +141,7 @@ def _fit_pca_sharded(features: np.ndarray, dim: int, device: torch.device | str)
         if rank:
             matrix = (vectors[:, :rank] / variances[:rank].sqrt()).cpu().numpy()
     del square
-    return PCAWhitening(mean.cpu().numpy(), distributed.broadcast_object(matrix))
+    return PCAWhitening(*distributed.broadcast_object((mean.cpu().numpy(), matrix)))
 
 
 def preprocess(
@@ -486,7 +487,7 @@ def kmeans_distributed(
         raise UserError(f"cannot make {k} clusters of {n} images: k must lie between 1 and {n}")
     centroids = _faiss_start(x, first, n, k, seed % 2**31)
     objective = 0.0
-    for _ in range(niter):
+    for _ in range(niter if k < n else 0):  # k = n: every point is a centroid already
         labels, distances = _assign_or_none(x, centroids, device)
         sums = torch.zeros((k, x.shape[1]), dtype=torch.float64)
         for rows in _slices(len(x), x.shape[1]):
@@ -526,8 +527,9 @@ def _assign_or_none(
 
 def _faiss_start(x: np.ndarray, first: int, n: int, k: int, seed: int) -> np.ndarray:
     """The k of n rows with which Faiss starts for this seed, (k, d) float32; x: rows from `first` on."""
-    order = np.empty(n, np.int32)
-    faiss.rand_perm(faiss.swig_ptr(order), n, seed + 1)
+    order = np.arange(n, dtype=np.int32)  # what Faiss takes where k = n
+    if k < n:
+        faiss.rand_perm(faiss.swig_ptr(order), n, seed + 1)
     chosen = order[:k].astype(np.int64) - first
     mine = (chosen >= 0) & (chosen < len(x))
     start = torch.zeros((k, x.shape[1]))
@@ -538,20 +540,31 @@ def _faiss_start(x: np.ndarray, first: int, n: int, k: int, seed: int) -> np.nda
 def _split_clusters(centroids: np.ndarray, sizes: np.ndarray, n: int) -> None:
     """Give each empty cluster a copy of a large one's centroid, pushed a little apart; in place.
 
-    Faiss's rule: clusters are walked in turn and one is taken with probability (size - 1) / (n - k); the two
-    centroids get 1 +- 1/1024 of it, alternating over the dimensions, and half of the size each.
+    centroids (k, d) float32; sizes (k,) int64 of n > k points are only read. Faiss's rule, draw for draw:
+    clusters are walked in turn, from the first one, and one is taken with probability (size - 1) / (n - k);
+    the two centroids get 1 +- 1/1024 of it, alternating over the dimensions, and half of the size each.
     """
     k, d = centroids.shape
     push = np.where(np.arange(d) % 2 == 0, 1 / 1024, -1 / 1024).astype(np.float32)
-    random = faiss.RandomGenerator(1234)
+    sizes = sizes.astype(np.float32)  # Faiss does not round halves
+    chance = ((sizes - 1.0) / (n - k)).astype(np.float32)
+    random = np.random.RandomState(1234)  # the generator of faiss.RandomGenerator, by the thousand
+    draws = _faiss_draws(random, k)
     for empty in np.flatnonzero(sizes == 0):
-        large = 0
-        while random.rand_float() >= (sizes[large] - 1) / max(n - k, 1):
-            large = (large + 1) % k
+        while not (taken := draws[:k] < chance).any():
+            draws = np.concatenate([draws[k:], _faiss_draws(random, k)])
+        large = int(taken.argmax())
+        draws = np.concatenate([draws[large + 1 :], _faiss_draws(random, large + 1)])
         centroids[empty] = centroids[large] * (1 + push)
         centroids[large] *= 1 - push
-        sizes[empty] = sizes[large] // 2
-        sizes[large] -= sizes[empty]
+        sizes[[empty, large]] = sizes[large] / 2
+        chance[[empty, large]] = (sizes[large] - 1.0) / (n - k)
+
+
+def _faiss_draws(random: np.random.RandomState, count: int) -> np.ndarray:
+    """The next `count` values of faiss.RandomGenerator.rand_float, (count,) float32."""
+    drawn = random.randint(0, 2**32, count, dtype=np.uint32)  # all 32 bits: as they come
+    return drawn.astype(np.float32) / np.float32(2**32 - 1)
 
 
 # ---------------------------------------------------------------------------------------- PIC

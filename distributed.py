@@ -5,6 +5,7 @@
 Consecutive images belong to each rank; what is to be whole again is gathered in the order of the ranks.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -19,19 +20,22 @@ from util import UserError, choose_device
 # While the first process clusters, the others wait for it; a process that died is noticed by the launcher.
 TIMEOUT = timedelta(hours=1)
 CHUNK_BYTES = 64 * 2**20  # rows are gathered in pieces of this size
+LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 
 
 def init(device: str | None = None) -> torch.device:
     """Join the group that the launcher's environment tells of, if there is one; the device to compute on.
 
     NCCL for tensors on GPUs, gloo for those on CPUs. A process of several on a machine takes the GPU of its
-    LOCAL_RANK. Raises UserError for a device that is not there.
+    LOCAL_RANK. Without all of LAUNCHER_SETS, or with a WORLD_SIZE of 1, there is no group. Raises UserError
+    for a device that is not there.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    launched = all(name in os.environ for name in LAUNCHER_SETS) and int(os.environ["WORLD_SIZE"]) > 1
+    if not launched or dist.is_initialized():
         return choose_device(device)
     chosen = choose_device(device)
     if chosen.type == "cuda":
-        chosen = choose_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        chosen = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
     store, my_rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
     # torchrun keeps its store over restarts: under the same names a restarted group finds dead addresses.
@@ -123,15 +127,22 @@ def on_main(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return result
 
 
+def _as_bytes(array: np.ndarray) -> torch.Tensor:
+    """The memory of a contiguous array, (bytes,) uint8: whatever its type, it can be sent."""
+    return torch.from_numpy(array.reshape(-1).view(np.uint8))
+
+
 def gather_rows(rows: np.ndarray) -> np.ndarray | None:
     """(n_r, ...) of each rank -> (N, ...) in the order of ranks on the first, None on the others.
 
-    Ranks may hold different numbers of rows, also none. Only the first one ever holds all of them.
+    Ranks may hold different numbers of rows, also none; an empty array has the others' type and row shape.
+    Only the first one ever holds all of them.
     """
     if world_size() == 1:
         return rows
     counts = gather_objects(len(rows))
-    step = max(1, CHUNK_BYTES // max(rows[:1].nbytes, rows.dtype.itemsize, 1))
+    row_bytes = rows.dtype.itemsize * math.prod(rows.shape[1:])  # known to ranks without rows as well
+    step = max(1, CHUNK_BYTES // max(row_bytes, 1))
     whole = np.empty((sum(counts), *rows.shape[1:]), rows.dtype) if is_main() else None
     begin = 0
     for source, count in enumerate(counts):
@@ -141,9 +152,9 @@ def gather_rows(rows: np.ndarray) -> np.ndarray | None:
                 if is_main():
                     whole[begin + start : begin + stop] = rows[start:stop]
             elif is_main():
-                dist.recv(torch.from_numpy(whole[begin + start : begin + stop]), source)
+                dist.recv(_as_bytes(whole[begin + start : begin + stop]), source)
             elif rank() == source:
-                dist.send(torch.from_numpy(np.ascontiguousarray(rows[start:stop])), 0)
+                dist.send(_as_bytes(np.array(rows[start:stop], order="C")), 0)  # a memory map is copied
         begin += count
     return whole
 
@@ -156,8 +167,6 @@ def all_gather_rows(rows: np.ndarray) -> np.ndarray:
     shape = broadcast_object(None if whole is None else whole.shape)
     if whole is None:
         whole = np.empty(shape, rows.dtype)
-    flat = torch.from_numpy(whole.reshape(-1))
-    step = max(1, CHUNK_BYTES // rows.dtype.itemsize)
-    for start in range(0, len(flat), step):
-        dist.broadcast(flat[start : start + step], 0)
+    for part in _as_bytes(whole).split(CHUNK_BYTES):
+        dist.broadcast(part, 0)
     return whole
