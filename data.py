@@ -426,6 +426,16 @@ def check_headers(images: ImageList, workers: int) -> list[tuple[int, str]]:
         return [found for part in pool.map(check, range(0, len(images), 1000)) for found in part]
 
 
+def cannot_decode(images: ImageList, bad: list[tuple[int, str]], listed_in: str | Path) -> UserError:
+    """The error that names the first of the bad images (index, reason) and the file that lists them all."""
+    some = "; ".join(f"{images.path(i)}: {reason}" for i, reason in bad[:10])
+    more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
+    return UserError(
+        f"{len(bad)} of {len(images)} images cannot be decoded ({some}{more}), listed in {listed_in}; mend "
+        "or remove them, or leave them out with --skip-bad-images"
+    )
+
+
 def broken_reason(images: ImageList, i: int) -> str | None:
     """Decode image i again and say why it cannot be decoded; None if it can."""
     try:

@@ -52,6 +52,7 @@ from util import (
     choose_device,
     make_folder,
     run_main,
+    write_json,
 )
 
 OTHER = {"Oxford": "Paris", "Paris": "Oxford"}  # the PCA is learnt on the other city
@@ -312,12 +313,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: not the index that this program writes; remove it")
     return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
 
 
 def digest(content: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import checkpoint
 import data
 import models
-from util import UserError, atomic_write, make_folder
+from util import UserError, make_folder, write_json
 
 RESULTS = "results.json"
 
@@ -59,6 +59,4 @@ def report(exp: str | Path, name: str, protocol: dict[str, Any], results: Any) -
     except json.JSONDecodeError:
         raise UserError(f"{path}: not valid JSON; move it away") from None
     everything[name] = {"protocol": protocol, "results": results, "command": sys.argv}
-    with atomic_write(path) as file:
-        json.dump(everything, file, indent=1)
-        file.write("\n")
+    write_json(path, everything)

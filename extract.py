@@ -33,7 +33,6 @@ import checkpoint
 import clustering
 import data
 import evaluation
-import logbook
 import shards
 from features import PRECISIONS, activation_batches, eval_forward, set_precision
 from models import FEATURE, DeepClusterNet
@@ -48,6 +47,7 @@ from util import (
     make_folder,
     peak_memory_gib,
     run_main,
+    write_json,
 )
 
 ENDINGS = {"npy": ".npy", "parquet": ".parquet", "pickle": ".pkl"}
@@ -157,8 +157,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_image_arguments(args: argparse.Namespace) -> None:
-    if (args.dir is None) == (args.shards is None):
-        raise UserError("give the images as DIR or as --shards PATTERN, one of them")
+    shards.check_source(args.dir, args.shards)
     for name, least in {"image_size": 16, "batch": 1, "workers": 0}.items():
         value = getattr(args, name)
         if value is not None and value < least:
@@ -235,8 +234,7 @@ def read_clustering(source: str | Path) -> tuple[Path, dict[str, Any]]:
 
 def open_images(args: argparse.Namespace, scaled: bool) -> data.ImageList:
     """The images of DIR or --shards; files that are no images stop here unless --skip-bad-images is given."""
-    images = shards.list_shards(args.shards) if args.shards else data.list_images(args.dir)
-    images.scaled = scaled
+    images = shards.list_source(args.dir, args.shards, scaled)
     if not args.skip_bad_images:
         refuse_bad(images, data.check_headers(images, workers=max(args.workers, 1)), args.out)
     return images
@@ -250,12 +248,7 @@ def refuse_bad(images: data.ImageList, bad: list[tuple[int, str]], out: str | Pa
     make_folder(names.parent)
     with atomic_write(names) as file:
         file.writelines(f"{images.path(i)}\t{reason}\n" for i, reason in bad)
-    some = "; ".join(f"{images.path(i)}: {reason}" for i, reason in bad[:10])
-    more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-    raise UserError(
-        f"{len(bad)} of {len(images)} images cannot be decoded ({some}{more}), listed in {names}; mend or "
-        "remove them, or leave them out with --skip-bad-images"
-    )
+    raise data.cannot_decode(images, bad, names)
 
 
 def feature_batches(
@@ -423,9 +416,7 @@ class Journal:
     broken: list[int] = field(default_factory=list)
 
     def write(self) -> None:
-        logbook.write_json(
-            self.path, {name: getattr(self, name) for name in ("settings", "done", "size", "broken")}
-        )
+        write_json(self.path, {name: getattr(self, name) for name in ("settings", "done", "size", "broken")})
 
     def continue_from_file(self, part: Path) -> bool:
         """Take what an earlier call left; False if it left nothing. UserError if that had other settings."""

@@ -54,13 +54,6 @@ class ClusterLog:
         self.size += len(entry) - 1
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file in whole, beside and renamed."""
-    with atomic_write(path) as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
-
-
 def append_line(path: Path, record: dict[str, Any]) -> None:
     """Append one JSON line (`log.jsonl`, a line an epoch)."""
     with open(path, "a", encoding="utf-8") as file:

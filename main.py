@@ -54,6 +54,7 @@ from util import (
     make_folder,
     peak_memory_gib,
     run_main,
+    write_json,
 )
 
 PCA_DIM = 256  # section 3.4 of the paper: PCA-reduced to 256 dimensions, whitened, L2-normalised
@@ -336,8 +337,7 @@ def preemptible(run: "Run") -> Iterator[None]:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuse values that cannot work, in one line each."""
-    if (args.dir is None) == (args.shards is None):
-        raise UserError("give the images as DIR or as --shards PATTERN, one of them")
+    shards.check_source(args.dir, args.shards)
     if args.arch not in models.ARCHITECTURES:
         raise UserError(f"--arch {args.arch}: unknown; choose one of {', '.join(models.ARCHITECTURES)}")
     if args.clustering == "Kmeans" and args.nmb_cluster < 2:
@@ -403,8 +403,7 @@ def open_images(
     args: argparse.Namespace, saved: dict[str, Any] | None, exp: Path, log: Log
 ) -> data.ImageList:
     """The images of the run: listed, enough for k, their headers checked, as many as the resumed run had."""
-    images = shards.list_shards(args.shards) if args.shards else data.list_images(args.dir)
-    images.scaled = args.scaled_decoding
+    images = shards.list_source(args.dir, args.shards, args.scaled_decoding)
     check_enough(images, args)
     if saved is not None and saved.get("skipped"):
         images = drop(images, np.isin(list(images.paths), saved["skipped"]))
@@ -448,12 +447,7 @@ def leave_out_bad(
         with atomic_write(names) as file:
             file.writelines(f"{line}\n" for line in dict.fromkeys(lines))
     if not args.skip_bad_images:
-        some = "; ".join(f"{images.path(i)}: {reason}" for i, reason in bad[:10])
-        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-        raise UserError(
-            f"{len(bad)} of {len(images)} images cannot be decoded ({some}{more}), listed in {names}; mend "
-            "or remove them, or leave them out with --skip-bad-images"
-        )
+        raise data.cannot_decode(images, bad, names)
     log(f"left out {len(bad)} of {len(images)} images that cannot be decoded, listed in {names}")
     mask = np.zeros(len(images), dtype=bool)
     mask[[i for i, _ in bad]] = True
@@ -482,7 +476,7 @@ def announce(run: "Run") -> None:
 def write_config(run: "Run") -> None:
     """EXP/config.json: what was asked for, on which images, by which versions; pictures read it."""
     sources = {"dir": run.args.dir, "shards": run.args.shards}
-    logbook.write_json(run.exp / "config.json", {
+    write_json(run.exp / "config.json", {
         "args": vars(run.args) | {name: value and os.path.abspath(value) for name, value in sources.items()},
         "images": {
             "root": os.path.abspath(run.images.root),

@@ -161,6 +161,19 @@ def list_shards(pattern: str | Path, threads: int = 16) -> ShardList:
     return ShardList(root, paths, *_classes(indexes), names, where)
 
 
+def check_source(folder: str | None, pattern: str | None) -> None:
+    """UserError unless the images are named in one way: DIR, or --shards PATTERN."""
+    if (folder is None) == (pattern is None):
+        raise UserError("give the images as DIR or as --shards PATTERN, one of them")
+
+
+def list_source(folder: str | None, pattern: str | None, scaled: bool = False) -> data.ImageList:
+    """The images of DIR or of --shards PATTERN; scaled: large JPEGs decoded at a fraction (data.decode)."""
+    images = list_shards(pattern) if pattern else data.list_images(folder)
+    images.scaled = scaled
+    return images
+
+
 def expand(pattern: str) -> list[str]:
     """The existing files that a pattern with braces and wildcards names, in order. Raises UserError."""
     try:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import resource
 import sys
@@ -114,6 +115,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file whole, beside and renamed."""
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
 
 
 def make_folder(path: str | Path) -> Path:
