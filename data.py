@@ -10,6 +10,7 @@ import io
 import math
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -681,10 +682,22 @@ def _collate(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch
 
 
 def init_worker(_: int) -> None:
-    """A worker uses one core and leaves signals to the main process, which may have a checkpoint to write."""
+    """A worker uses one core and leaves signals to the main process, which may have a checkpoint to write.
+
+    But for the SIGTERM that the main process itself sends to a worker left over at its end, and then waits.
+    """
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not say who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def normalise(batch: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -755,13 +757,30 @@ def test_workers_use_one_thread_and_ignore_ctrl_c():
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_worker_setup(monkeypatch):
-    calls = []
-    monkeypatch.setattr(data.torch, "set_num_threads", calls.append)
-    monkeypatch.setattr(data.signal, "signal", lambda *arguments: calls.append(arguments))
-    data.init_worker(0)
-    ignored = [(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    assert calls == [1, *ignored]
+WITH_A_WORKER = """
+import os, signal, subprocess, sys
+import data
+from tests.test_data import WorkerState
+
+iterator = iter(data.make_loader(WorkerState(), 1, workers=1))
+worker = iterator._workers[0]
+next(iterator)
+if sys.argv[1] == "others":
+    for name in ("INT", "TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    worker.join(1)
+    print("alive" if worker.is_alive() else f"ended: {worker.exitcode}")
+sys.modules["kept"] = iterator  # as an exception's traceback keeps it
+"""
+
+
+@pytest.mark.parametrize("signals, output", [("others", "alive"), ("none", "")])
+def test_a_worker_outlives_the_signals_of_others_but_not_the_main_process(signals, output):
+    command = [sys.executable, "-c", WITH_A_WORKER, signals]
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=Path(data.__file__).parent
+    )
+    assert (process.returncode, process.stdout.strip(), process.stderr) == (0, output, "")
 
 
 # ---------------------------------------------------------------------------------------- normalisation
