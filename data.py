@@ -682,11 +682,11 @@ def _collate(items: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch
 
 
 def init_worker(_: int) -> None:
-    """A worker uses one core and leaves signals to the main process, which may have a checkpoint to write.
+    """Leave signals to the main process, which may have a checkpoint to write.
 
-    But for the SIGTERM that the main process itself sends to a worker left over at its end, and then waits.
+    But not the SIGTERM of the main process itself: at its exit it sends one to each worker that is left over,
+    and waits for it. (torch has already set the worker to one thread.)
     """
-    torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS does not say who sent a signal

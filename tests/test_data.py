@@ -766,7 +766,7 @@ iterator = iter(data.make_loader(WorkerState(), 1, workers=1))
 worker = iterator._workers[0]
 next(iterator)
 if sys.argv[1] == "others":
-    for name in ("INT", "TERM", "USR1"):
+    for name in ("INT", "TERM", "USR1"):  # by another process: a SIGTERM of this one would end the worker
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     worker.join(1)
     print("alive" if worker.is_alive() else f"ended: {worker.exitcode}")
