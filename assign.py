@@ -20,14 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import logbook
 import numpy as np
+import released
 import torch
 
 import checkpoint
 import clustering
 import data
-import logbook
-import released
 from extract import (
     Settings,
     add_image_arguments,
@@ -348,4 +348,4 @@ def main(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

@@ -182,4 +182,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser())
+    util.run_main(main, get_parser().parse_args())

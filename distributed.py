@@ -66,13 +66,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def shard(n: int, of_rank: int | None = None, size: int | None = None) -> range:
+def share_of(n: int, of_rank: int | None = None, size: int | None = None) -> range:
     """The consecutive ones of n things that belong to a rank: n * r // w to n * (r + 1) // w."""
     of_rank = rank() if of_rank is None else of_rank
     size = world_size() if size is None else size

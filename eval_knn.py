@@ -402,4 +402,4 @@ def figures_of(row: dict[str, Any]) -> list[float]:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sampling import DrawSampler
 from torch import nn
 from torch.nn import functional as F
 
@@ -27,7 +28,6 @@ import data
 import evaluation
 import models
 from features import PRECISIONS, set_precision
-from sampling import DrawSampler
 from util import (
     Log,
     Progress,
@@ -661,4 +661,4 @@ def table(results: list[dict[str, Any]], published: dict[str, tuple[float, ...]]
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

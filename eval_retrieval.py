@@ -32,6 +32,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from ground_truth import Query, check_known, list_database, read_queries, read_revisited
+from ranking import REVISITED, rank, score
+from rmac import PCA_DIM, Whitening, fit_whitening, region_descriptors, rmac
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models import VGG16_Weights, vgg16
@@ -40,9 +43,6 @@ from torchvision.transforms.v2 import functional
 import data
 import evaluation
 from features import fold_batch_norm, set_precision
-from ground_truth import Query, check_known, list_database, read_queries, read_revisited
-from ranking import REVISITED, rank, score
-from rmac import PCA_DIM, Whitening, fit_whitening, region_descriptors, rmac
 from util import (
     Log,
     Progress,
@@ -564,4 +564,4 @@ class Retrieval:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

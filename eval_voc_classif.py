@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from models.trunk import HEAD_STD
+from sampling import DrawSampler
 from sklearn.metrics import average_precision_score
 from torch import nn
 from torch.nn import functional as F
@@ -30,8 +32,6 @@ import data
 import evaluation
 from features import set_precision
 from models import DeepClusterNet
-from models.trunk import HEAD_STD
-from sampling import DrawSampler
 from util import (
     AverageMeter,
     Log,
@@ -658,4 +658,4 @@ def describe(
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

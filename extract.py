@@ -26,17 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import shards
 import torch
+from released import FeaturesPickle
 from torch.nn import functional as F
 
 import checkpoint
 import clustering
 import data
 import evaluation
-import shards
 from features import PRECISIONS, activation_batches, eval_forward, set_precision
 from models import FEATURE, DeepClusterNet
-from released import FeaturesPickle
 from util import (
     Log,
     Progress,
@@ -659,4 +659,4 @@ def main(args: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

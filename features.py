@@ -1,121 +1,213 @@
-"""Images -> activations: the one pass over a folder that training, evaluations and pictures share."""
+"""Images -> activations: the one pass over images that training, evaluations and pictures share.
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterable, Iterator
+    for found, index, broken in activation_batches(net, ["conv5"], images, crop, pass_settings): ...
+
+And what a run leaves behind for other images: the network of its last clustering and how features become the
+points that were clustered (EXP/clustering.pth.tar).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import normalise
-from models import DeepClusterNet
-from util import Progress, UserError
+import checkpoint
+from algorithms.pca import PCAWhitening, normalise_rows
+from data import PlainView, make_loader, to_input
+from data.views import Batch
+from models.network import Network
+from util import Progress, UserError, set_precision
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-
-Forward = Callable[[torch.Tensor], dict[str, torch.Tensor]]  # normalised images -> named activations
-
-
-def set_precision(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Set the arithmetic of matrix products and convolutions; returns the autocast context to compute in.
-
-    fp32: full float32 everywhere (TF32 off too), the default on every device, so that nothing becomes less
-    exact silently. tf32: float32 with TF32 products, CUDA only. bf16: autocast to bfloat16; on a CPU only
-    where it has AMX, as elsewhere it is slower than fp32. fp16: autocast to float16, CUDA only; training
-    needs a gradient scaler with it. Raises UserError where a choice makes no sense.
-    """
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
-    if precision in ("tf32", "fp16") and device.type != "cuda":
-        raise UserError(f"--precision {precision}: for CUDA GPUs only; use fp32, or bf16 on a CPU with AMX")
-    if precision == "bf16" and device.type == "cpu" and not cpu_has_amx():
-        raise UserError("--precision bf16: this CPU has no AMX and would be slower than fp32; use fp32")
-    # The older of torch's two ways of saying so: torch.export fails after the newer one (torch 2.14).
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    half = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=half, enabled=precision in ("bf16", "fp16"))
+PAPER_SIZE, PAPER_BATCH = 224, 256  # for checkpoints that do not tell theirs
 
 
-def cpu_has_amx() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+@dataclass
+class Pass:
+    """How a pass over images is made: images at a time, data loading workers, device, arithmetic."""
 
-
-def fold_batch_norm(net: DeepClusterNet) -> DeepClusterNet:
-    """A view of net, which is in eval mode, in which each convolution carries its batch norm.
-
-    The convolutions are copies, everything else is shared. Equal to net in eval mode up to float32 rounding
-    (about 2e-6 relative), about 10% faster on a CPU.
-    """
-    layers = list(net.features)
-    for i, layer in enumerate(layers):
-        if isinstance(layer, nn.BatchNorm2d):
-            layers[i - 1] = fuse_conv_bn_eval(layers[i - 1], layer)
-            layers[i] = nn.Identity()
-    folded = copy.copy(net)
-    folded._modules = dict(net._modules)
-    folded.features = nn.Sequential(*layers)
-    return folded
-
-
-def eval_forward(net: DeepClusterNet, layers: list[str]) -> Forward:
-    """Normalised images -> the activations of `layers`, all from one pass of net in eval mode."""
-    folded = fold_batch_norm(net.eval()).to(memory_format=torch.channels_last)
-    return lambda images: folded.activations(images, layers)
+    batch: int
+    workers: int
+    device: torch.device
+    precision: str = "fp32"
 
 
 @torch.inference_mode()
-def activation_batches(
-    forward: Forward,
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    device: torch.device,
-    precision: str = "fp32",
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """What `forward` gives for each batch of loader: ({name: (B, ...) float32 on device}, indexes (B,)).
+def activations_of(
+    net: Network, layers: list[str], batches: Iterable[Batch], device: torch.device, precision: str = "fp32"
+) -> Iterator[tuple[dict[str, torch.Tensor], Batch]]:
+    """({layer: (B, ...) float32 on device}, batch) for every batch of a loader, net in eval mode.
 
-    loader yields (uint8 images (B, 3, S, S), indexes (B,)); an index -1 - i stands for image i that could not
-    be decoded (CentralView).
+    net is on the device. A batch of which no image could be decoded gives no activations: {}.
     """
-    for images, index in loader:
-        with set_precision(precision, device):
-            x = normalise(images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-            found = {name: value.float() for name, value in forward(x).items()}
-        yield found, index
+    folded = net.eval().folded().to(memory_format=torch.channels_last)
+    for batch in batches:
+        found: dict[str, torch.Tensor] = {}
+        if len(batch.index):
+            with set_precision(precision, device):
+                x = to_input(batch.views, device)
+                found = {name: value.float() for name, value in folded.activations(x, layers).items()}
+        yield found, batch
+
+
+def activation_batches(
+    net: Network, layers: list[str], view: PlainView, how: Pass, rows: range | None = None
+) -> Iterator[tuple[dict[str, torch.Tensor], np.ndarray, list[int]]]:
+    """One pass over a view, batch by batch: (activations, indexes (B,) of their images, broken images).
+
+    rows: some of the images, by default all, in order. Broken images have no activation; the dict is empty
+    where all of a batch are broken.
+    """
+    rows = range(len(view)) if rows is None else rows
+    loader = make_loader(view, how.batch, how.workers, how.device, sampler=rows)
+    for found, batch in activations_of(net, layers, loader, how.device, how.precision):
+        yield found, batch.index.numpy(), batch.broken
 
 
 def extract_features(
-    net: DeepClusterNet,
-    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    net: Network,
     layer: str,
-    num_images: int,
-    device: torch.device,
-    precision: str = "fp32",
+    view: PlainView,
+    how: Pass,
+    rows: range | None = None,
     dtype: type = np.float32,
     progress: Progress | None = None,
-    first: int = 0,
 ) -> tuple[np.ndarray, list[int]]:
-    """Activations of every image in data-set order, net in eval mode: (features (N, D), broken images).
+    """Activations of a layer for `rows` of the images: (features (len(rows), D), broken images).
 
-    loader as for `activation_batches`, over the num_images images from `first` on; the row of a broken image
-    is zero. Maps are flattened. The result is held once, in dtype (float32 or float16), whatever the order in
-    which batches come.
+    The row of a broken image is zero. Maps are flattened. The result is held once, in dtype (float32 or
+    float16). Leaves net in the mode it was in.
     """
+    rows = range(len(view)) if rows is None else rows
     was_training = net.training
     features: np.ndarray | None = None
     broken: list[int] = []
-    for found, index in activation_batches(eval_forward(net, [layer]), loader, device, precision):
-        rows = found[layer].flatten(1).cpu().numpy()
-        if features is None:
-            features = np.zeros((num_images, rows.shape[1]), dtype=dtype)
-        bad = index < 0
-        broken += (-1 - index[bad]).tolist()
-        features[index[~bad].numpy() - first] = rows[(~bad).numpy()]
+    for found, index, bad in activation_batches(net, [layer], view, how, rows):
+        if found:
+            values = found[layer].flatten(1).cpu().numpy()
+            if features is None:
+                features = np.zeros((len(rows), values.shape[1]), dtype=dtype)
+            features[index - rows.start] = values
+        broken += bad
         if progress is not None:
-            progress.update(len(index))
+            progress.update(len(index) + len(bad))
     net.train(was_training)
     if features is None:  # a rank without images
-        features = np.zeros((0, net.feature_dim), dtype=dtype)
+        features = np.zeros((len(rows), net.feature_dim), dtype=dtype)
     return features, sorted(broken)
+
+
+# ---------------------------------------------------------------------------------------- features -> points
+
+
+@dataclass
+class ToPoints:
+    """How features become the points that are clustered: PCA-whitening or none, then L2 or not.
+
+    pca: None leaves features as they are. dtype: in which the run held its features, float32 or float16.
+    """
+
+    pca: PCAWhitening | None = None
+    l2: bool = True
+    dtype: str = "float32"
+
+    def __call__(self, features: np.ndarray, device: torch.device | str) -> tuple[np.ndarray, np.ndarray]:
+        """Features (n, D) -> points (n, d) float32, and their norms (n,) float64 before normalisation."""
+        points = features.astype(self.dtype, copy=False)
+        points = points.astype(np.float32) if self.pca is None else self.pca.apply(points, device)
+        norms = np.linalg.norm(points.astype(np.float64), axis=1)
+        return normalise_rows(points) if self.l2 else points, norms
+
+    def dim(self, features: int) -> int:
+        """Numbers of a point, of features of so many."""
+        return features if self.pca is None else self.pca.dim
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and text, for a checkpoint."""
+        return {"pca": self.pca and self.pca.state_dict(), "l2": self.l2, "dtype": self.dtype}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "ToPoints":
+        """The inverse of `state_dict`."""
+        pca = state["pca"] and PCAWhitening.from_state_dict(state["pca"])
+        return cls(pca or None, bool(state["l2"]), str(state["dtype"]))
+
+
+def read_clustering(source: str | Path) -> tuple[Path, dict[str, Any]]:
+    """(path, content) of the clustering.pth.tar of a run; source is the run's folder or that file.
+
+    Files of earlier versions are brought to today's keys: state_dict, arch, layer, transform, metric,
+    assignment, points, paths, args, epoch. Raises UserError, with the way out, for anything else, such as a
+    checkpoint: what is in that was computed from weights that training has changed since.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / checkpoint.CLUSTERING
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing: a run writes it after each clustering; give the folder of such a run, "
+                "or continue an older one for an epoch (--resume, --epochs)"
+            )
+    state = checkpoint.read(path)
+    if "whitening" in state and "transform" not in state:  # before there were methods without a PCA
+        dtype = (state.get("args") or {}).get("feature_dtype", "float32")
+        state["transform"] = {"pca": state["whitening"], "l2": True, "dtype": dtype}
+        state |= {"layer": "fc7.pre", "metric": "l2"}
+    needed = ("state_dict", "layer", "transform", "metric", "assignment", "paths", "args")
+    if not all(state.get(name) for name in needed) or "optimizer" in state:
+        raise UserError(
+            f"{path}: holds no clustering that fits its weights; give the folder of a run, in which "
+            f"{checkpoint.CLUSTERING} does"
+        )
+    return path, state
+
+
+@dataclass
+class Settings:
+    """What decides a feature's bits besides the weights: as asked for, else as in the run, else the paper's.
+
+    scaled: whether large JPEGs are decoded at a fraction of their size.
+    """
+
+    image_size: int
+    batch: int
+    precision: str
+    scaled: bool
+
+    @classmethod
+    def choose(
+        cls,
+        run: dict[str, Any],
+        device: torch.device,
+        image_size: int | None = None,
+        batch: int | None = None,
+        precision: str | None = None,
+    ) -> "Settings":
+        """run: the settings in a checkpoint; the authors' files have none. UserError if the device cannot."""
+        precision = precision or possible_precision(run.get("precision", "fp32"), device)
+        set_precision(precision, device)
+        return cls(
+            image_size or run.get("image_size", PAPER_SIZE),
+            batch or run.get("batch", PAPER_BATCH),
+            precision,
+            bool(run.get("scaled_decoding", False)),
+        )
+
+
+def possible_precision(precision: str, device: torch.device) -> str:
+    """The run's precision where this device computes in it; fp32, which is more exact, elsewhere."""
+    try:
+        set_precision(precision, device)
+    except UserError:
+        return "fp32"
+    return precision
+
+
+def layer_shape(net: Network, layer: str, size: int) -> tuple[int, ...]:
+    """The shape of one image's activation: (C, H, W) or (D,)."""
+    device = next(net.parameters()).device
+    with torch.inference_mode():
+        blank = to_input(torch.zeros(1, 3, size, size, dtype=torch.uint8), device)
+        return tuple(net.eval().activations(blank, [layer])[layer].shape[1:])

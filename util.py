@@ -1,4 +1,7 @@
-"""Small things that several scripts share: errors, seeds, the device, files, meters and progress."""
+"""Small things that several scripts share: errors, seeds, the device, files, log, progress.
+
+torch is imported where it is used, so that `--help` and a bad flag are answered at once.
+"""
 
 import argparse
 import contextlib
@@ -10,10 +13,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UserError(Exception):
@@ -21,30 +26,51 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """The machine is wanted back (SIGTERM, SIGUSR1) and the run can go on later: exit code 75, try again."""
+    """A signal ends the run, which can go on later: exit code 75, "try again" (EX_TEMPFAIL of sysexits.h)."""
 
-    EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
+    exit_code = 75
 
 
-def run_main(main: Callable[[argparse.Namespace], Any], parser: argparse.ArgumentParser) -> None:
-    """Parse the command line and call `main(args)`; a UserError becomes one line and exit code 2."""
-    args = parser.parse_args()
+class Interrupted(Preempted):
+    """The user ends the run by Ctrl-C: exit code 130."""
+
+    exit_code = 130
+
+
+def run_main(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """Call `main(args)`; a UserError becomes one line and exit code 2."""
+    name = Path(sys.argv[0]).name
     try:
         main(args)
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that went away
-        sys.exit(fail(f"{parser.prog}: {error}"))
+        fail(f"{name}: {error}")
     except Preempted as stop:
-        fail(f"{parser.prog}: {stop}")
-        sys.exit(Preempted.EXIT_CODE)
+        fail(f"{name}: {stop}", stop.exit_code)
     except KeyboardInterrupt:
-        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        fail(f"{name}: interrupted", Interrupted.exit_code)
 
 
-def fail(message: str) -> int:
-    """Print one line to stderr and return the exit code of a user's mistake, 2."""
-    print(message, file=sys.stderr)
-    return 2
+def fail(message: str, code: int = 2) -> NoReturn:
+    """End the process with one line on stderr."""
+    say(message, sys.stderr)
+    sys.exit(code)
+
+
+def say(text: str, stream: IO | None = None, end: str = "\n") -> bool:
+    """Print to stream, by default standard output; False where that is closed.
+
+    Characters that the terminal's encoding lacks, and bytes of a file name that are none, are escaped.
+    """
+    stream = stream or sys.stdout
+    if stream is None:
+        return False
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = text.encode(errors="surrogateescape").decode(errors="replace")
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end=end, flush=True)
+    except (BrokenPipeError, ValueError):  # nobody reads any more, or the stream was closed
+        return False
+    return True
 
 
 # ---------------------------------------------------------------------------------------- randomness
@@ -63,21 +89,13 @@ def derive_seed(seed: int, *items: int | str) -> int:
 # ---------------------------------------------------------------------------------------- device
 
 
-def add_device_argument(parser: argparse._ActionsContainer) -> None:
-    """The one spelling of --device."""
-    parser.add_argument(
-        "--device",
-        default=None,
-        metavar="DEVICE",
-        help="cpu, cuda or cuda:<n> (default: cuda if there is one, else cpu)",
-    )
-
-
-def choose_device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> "torch.device":
     """The device to compute on: `name`, or CUDA if there is one, else the CPU.
 
     Raises UserError for an unknown name, and for CUDA where there is none.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -91,6 +109,39 @@ def choose_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} GPU(s), from cuda:0")
     return device
+
+
+def set_precision(precision: str, device: "torch.device") -> contextlib.AbstractContextManager:
+    """Set the arithmetic of matrix products and convolutions; returns the autocast context to compute in.
+
+    fp32: full float32 everywhere (TF32 off too), the default on every device, so that nothing becomes less
+    exact silently. tf32: float32 with TF32 products, CUDA only. bf16: autocast to bfloat16; on a CPU only
+    where it multiplies bfloat16 in hardware, as elsewhere it is slower than fp32. fp16: autocast to float16,
+    CUDA only; training needs a gradient scaler with it. Raises UserError where a choice makes no sense.
+    """
+    import torch
+
+    if precision in ("tf32", "fp16") and device.type != "cuda":
+        raise UserError(
+            f"--precision {precision}: for CUDA GPUs only; use fp32, or bf16 on a CPU that has it"
+        )
+    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        raise UserError(
+            "--precision bf16: this CPU has neither AMX nor AVX512-BF16, so fp32 is faster; use that"
+        )
+    # The older of torch's two ways of saying so: torch.export fails after the newer one (torch 2.14).
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=half, enabled=precision in ("bf16", "fp16"))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 numbers in hardware."""
+    import torch
+
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("amx_bf16", False) or found.get("avx512_bf16", False))
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -111,10 +162,21 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        sync_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename in the folder is on the disk when this returns, as far as the file system can say."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -178,8 +240,9 @@ class Log:
         self.path, self.quiet = path, quiet
 
     def __call__(self, line: str) -> None:
-        if not self.quiet:
-            print(line.encode(errors="surrogateescape").decode(errors="replace"), flush=True)
+        if not self.quiet and not say(line):
+            self.quiet = True
+            self.to_file("note: standard output is closed; going on, with this file alone")
         self.to_file(line)
 
     def to_file(self, line: str) -> None:
@@ -201,7 +264,7 @@ class Progress:
     ) -> None:
         self.total, self.label, self.unit, self.every = total, label, unit, every
         self.log = log or Log(quiet=True)
-        self.terminal = sys.stdout.isatty() and not self.log.quiet
+        self.terminal = sys.stdout is not None and sys.stdout.isatty() and not self.log.quiet
         self.done = 0
         self.start = self.last_line = time.monotonic()
         self.last_draw = 0.0
@@ -222,7 +285,7 @@ class Progress:
         now = time.monotonic()
         if self.terminal and now - self.last_draw > 0.2:
             self.last_draw = now
-            print(f"\r\033[K{self.line(note)}", end="", flush=True)
+            say(f"\r\033[K{self.line(note)}", end="")
         if now - self.last_line > self.every:
             self.last_line = now
             self.log.to_file(self.line(note)) if self.terminal else self.log(self.line(note))
@@ -230,7 +293,7 @@ class Progress:
     def clear(self) -> None:
         """Wipe the bar off the terminal."""
         if self.terminal:
-            print("\r\033[K", end="", flush=True)
+            say("\r\033[K", end="")
 
     def close(self, note: str = "") -> None:
         """Replace the bar by one last line: how many, how long, how fast."""

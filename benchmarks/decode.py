@@ -29,8 +29,9 @@ from torchvision.transforms.v2 import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cache
-import data
 import shards
+
+import data
 import util
 from tools import make_shards
 
@@ -306,4 +307,4 @@ def loader(images: data.ImageList, workers: int, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser())
+    util.run_main(main, get_parser().parse_args())

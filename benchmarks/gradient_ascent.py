@@ -144,4 +144,4 @@ def plain(
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser())
+    util.run_main(main, get_parser().parse_args())

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.trunk import FEATURE, FEATURE_DIM, DeepClusterNet, conv_block
+
 import clustering
 import features
-from models.trunk import FEATURE, FEATURE_DIM, DeepClusterNet, conv_block
 
 GOALS = {"float32": 1.25, "float16": 0.65}
 BATCH = 256

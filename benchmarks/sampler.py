@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clustering import compare
 from sampling import uniform_draws
+
+from clustering import compare
 from tests import reference
 
 

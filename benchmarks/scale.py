@@ -33,12 +33,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models.trunk import DeepClusterNet, Pool, conv_block
+
 import clustering
 import demo
 import main as training
 import models
 from clustering import KMEANS_ITERATIONS
-from models.trunk import DeepClusterNet, Pool, conv_block
 from util import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -741,4 +742,4 @@ if __name__ == "__main__":
         for line in json.loads(sys.argv[2]):
             training.main(training.get_parser().parse_args(line))
     else:
-        run_main(main, get_parser())
+        run_main(main, get_parser().parse_args())

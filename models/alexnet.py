@@ -2,12 +2,14 @@
 
 from torch import nn
 
-from models.trunk import FEATURE_DIM, DeepClusterNet, Pool, conv_block
+from models.flat import conv_block, flat
+from models.network import Network, Pool
 
 MAP_SIZE = 6  # 256 x 6 x 6 at 224 pixels
+UNITS = 4096
 
 
-def alexnet(sobel: bool, num_clusters: int | None = None, seed: int | None = None) -> DeepClusterNet:
+def build(sobel: bool = False, seed: int | None = None) -> Network:
     """AlexNet: convs 96-256-384-384-256, pools after conv 1, 2 and 5; dropout in front of both linears."""
     features = [
         *conv_block(2 if sobel else 3, 96, kernel=11, stride=4, padding=2),
@@ -21,10 +23,10 @@ def alexnet(sobel: bool, num_clusters: int | None = None, seed: int | None = Non
     ]
     classifier = [
         nn.Dropout(0.5),
-        nn.Linear(256 * MAP_SIZE * MAP_SIZE, FEATURE_DIM),
+        nn.Linear(256 * MAP_SIZE * MAP_SIZE, UNITS),
         nn.ReLU(),
         nn.Dropout(0.5),
-        nn.Linear(FEATURE_DIM, FEATURE_DIM),
+        nn.Linear(UNITS, UNITS),
         nn.ReLU(),
     ]
-    return DeepClusterNet("alexnet", features, classifier, MAP_SIZE, sobel, num_clusters, seed)
+    return flat("alexnet", features, classifier, MAP_SIZE, sobel, seed)

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import distributed
-from models.trunk import DeepClusterNet
 
 
 @dataclass
@@ -78,13 +77,13 @@ class SharedDropout(nn.Dropout):
         return x * mask[rows.start : rows.stop].div_(keep)
 
 
-def share_among_ranks(net: DeepClusterNet, share: Share, sync_bn: bool) -> None:
+def share_among_ranks(net: nn.Module, share: Share, sync_bn: bool) -> None:
     """Put SharedDropout, with sync_bn SyncBatchNorm2d too, in place of torch's; names and weights stay."""
-    for layers in (net.features, net.classifier):
-        for i, layer in enumerate(layers):
-            if isinstance(layer, nn.Dropout):
-                layers[i] = SharedDropout(layer.p, share)
-            elif sync_bn and isinstance(layer, nn.BatchNorm2d):
-                layers[i] = SyncBatchNorm2d(layer.num_features, layer.eps, layer.momentum)
-                layers[i].load_state_dict(layer.state_dict())
-            layers[i].train(layer.training)
+    for module in list(net.modules()):
+        for name, layer in module.named_children():
+            if type(layer) is nn.Dropout:
+                setattr(module, name, SharedDropout(layer.p, share).train(layer.training))
+            elif sync_bn and type(layer) is nn.BatchNorm2d:
+                over_ranks = SyncBatchNorm2d(layer.num_features, layer.eps, layer.momentum)
+                over_ranks.load_state_dict(layer.state_dict())
+                setattr(module, name, over_ranks.train(layer.training))

@@ -2,13 +2,15 @@
 
 from torch import nn
 
-from models.trunk import FEATURE_DIM, DeepClusterNet, Pool, conv_block
+from models.flat import conv_block, flat
+from models.network import Network, Pool
 
 MAP_SIZE = 7  # 512 x 7 x 7 at 224 pixels
+UNITS = 4096
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-def vgg16(sobel: bool, num_clusters: int | None = None, seed: int | None = None) -> DeepClusterNet:
+def build(sobel: bool = False, seed: int | None = None) -> Network:
     """VGG-16: five blocks of 3x3 convolutions, a 2/2 max pool after each; dropout between the linears."""
     features: list[nn.Module] = []
     channels = 2 if sobel else 3
@@ -18,10 +20,10 @@ def vgg16(sobel: bool, num_clusters: int | None = None, seed: int | None = None)
             channels = width
         features.append(Pool(kernel_size=2, stride=2))
     classifier = [
-        nn.Linear(channels * MAP_SIZE * MAP_SIZE, FEATURE_DIM),
+        nn.Linear(channels * MAP_SIZE * MAP_SIZE, UNITS),
         nn.ReLU(),
         nn.Dropout(0.5),
-        nn.Linear(FEATURE_DIM, FEATURE_DIM),
+        nn.Linear(UNITS, UNITS),
         nn.ReLU(),
     ]
-    return DeepClusterNet("vgg16", features, classifier, MAP_SIZE, sobel, num_clusters, seed)
+    return flat("vgg16", features, classifier, MAP_SIZE, sobel, seed)

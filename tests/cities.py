@@ -4,9 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
-
 from ground_truth import Query
+from PIL import Image
 
 PICTURES = Path(__file__).resolve().parent.parent / "demo" / "pictures"
 CROPS = 5  # of each picture

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import released
 import torch
 from PIL import Image
 
@@ -13,7 +14,6 @@ import checkpoint
 import clustering
 import data
 import models
-import released
 from tests import small_run, tiny
 from tests.small_run import SIZE
 from tools import make_shards

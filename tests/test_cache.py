@@ -4,14 +4,14 @@ import os
 import pickle
 from pathlib import Path
 
+import cache
 import numpy as np
 import pytest
 import torch
+from cache import CropCache
 from PIL import Image
 
-import cache
 import data
-from cache import CropCache
 from util import UserError
 
 PICTURES = sorted((Path(__file__).resolve().parents[1] / "demo" / "pictures").glob("*.jpg"))

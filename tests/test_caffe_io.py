@@ -2,11 +2,11 @@
 
 import struct
 
+import caffe_io
 import numpy as np
 import pytest
 import torch
 
-import caffe_io
 import checkpoint
 import data
 import models

@@ -8,17 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ground_truth
 import numpy as np
 import pytest
+import ranking
 import torch
 from torchvision.models import vgg16
 
 import checkpoint
 import data
 import eval_retrieval as er
-import ground_truth
 import models
-import ranking
 from tests.cities import CROPS, make_city, truth_of
 from util import UserError
 

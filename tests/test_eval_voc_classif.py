@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models.trunk import FEATURE_DIM, DeepClusterNet, Pool, conv_block
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
@@ -19,7 +20,6 @@ import data
 import demo
 import eval_voc_classif as voc
 import models
-from models.trunk import FEATURE_DIM, DeepClusterNet, Pool, conv_block
 from util import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

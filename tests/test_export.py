@@ -1,12 +1,12 @@
 """The ONNX file, run by onnxruntime on raw pixels, against the network on normalised ones."""
 
+import export
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import data
-import export
 from tests import tiny
 from util import UserError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
+import released
 import torch
 from PIL import Image
 
@@ -15,7 +16,6 @@ import clustering
 import data
 import extract
 import models
-import released
 from tests import small_run, tiny
 from tests.small_run import SIZE
 from tools import make_shards

@@ -5,10 +5,10 @@ import pickle
 import subprocess
 from pathlib import Path
 
+import ground_truth
 import numpy as np
 import pytest
 
-import ground_truth
 from tests.cities import make_city, truth_of
 from util import UserError
 

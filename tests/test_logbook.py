@@ -1,9 +1,9 @@
 import os
 import pickle
 
+import logbook
 import pytest
 
-import logbook
 from util import UserError
 
 EPOCHS = [[[0, 2], [], [1, 70000]], [[1], [0, 2, 70000], []], [[], [], list(range(1000))]]

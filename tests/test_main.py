@@ -10,8 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import logbook
 import numpy as np
 import pytest
+import sampling
 import torch
 from PIL import Image
 
@@ -20,10 +22,8 @@ import clustering
 import data
 import demo
 import features
-import logbook
 import main
 import models
-import sampling
 from tests import tiny
 from util import AverageMeter, Preempted, UserError, derive_seed
 

@@ -2,10 +2,10 @@ import math
 
 import pytest
 import torch
+from models.trunk import make_sobel
 from torch import nn
 
 import models
-from models.trunk import make_sobel
 from util import UserError
 
 

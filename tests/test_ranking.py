@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-
 from ground_truth import Query
 from ranking import augment_database, average_precision, precision_at, rank, score
+
 from util import UserError
 
 # -------------------------------------------------------------------------------- scores

@@ -8,12 +8,12 @@ import tracemalloc
 import warnings
 from pathlib import Path
 
+import logbook
 import numpy as np
 import pytest
-
-import logbook
 import released
 import safe_pickle
+
 from tests import legacy
 from util import UserError
 

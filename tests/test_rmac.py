@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import rmac
 import torch
 
-import rmac
 from util import UserError
 
 # -------------------------------------------------------------------------------- regions

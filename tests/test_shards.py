@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shards
 import torch
 import webdataset
+from cache import CropCache
 from PIL import Image
 
 import data
-import shards
-from cache import CropCache
 from tools import make_shards
 from util import UserError
 

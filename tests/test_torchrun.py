@@ -9,13 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import logbook
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import clustering
-import logbook
 import main
 from tests.test_main import assert_same_run, photos  # noqa: F401
 from util import Preempted

@@ -6,13 +6,13 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import unquote_to_bytes
 
+import logbook
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import data
-import logbook
 from util import UserError
 from visu import clusters
 

@@ -7,11 +7,12 @@ from torch import nn
 
 import main
 import models
-from models.trunk import DeepClusterNet, Pool, conv_block
+from models.flat import conv_block, flat
+from models.network import Network, Pool
 from util import run_main
 
 
-def tiny(sobel, num_clusters=None, seed=None):
+def tiny(sobel: bool = False, seed: int | None = None) -> Network:
     features = [
         *conv_block(2 if sobel else 3, 8, kernel=5, stride=2, padding=2),
         Pool(kernel_size=3, stride=2),
@@ -26,13 +27,13 @@ def tiny(sobel, num_clusters=None, seed=None):
         nn.Linear(40, 40),
         nn.ReLU(),
     ]
-    return DeepClusterNet("tiny", features, classifier, 2, sobel, num_clusters, seed)
+    return flat("tiny", features, classifier, 2, sobel, seed)
 
 
-def register():
+def register() -> None:
     models.ARCHITECTURES["tiny"] = tiny
 
 
 if __name__ == "__main__":
     register()
-    run_main(main.main, main.get_parser())
+    run_main(main.main, main.get_parser().parse_args())

@@ -28,7 +28,7 @@ from torchvision.transforms.v2 import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from shards import PATHS_MEMBER, import_webdataset
+from data.shards import PATHS_MEMBER, import_webdataset
 from util import Log, Progress, UserError, atomic_write, make_folder, run_main
 
 
@@ -212,4 +212,4 @@ def add_paths(tar: tarfile.TarFile, paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

@@ -206,4 +206,4 @@ def thumbnail(images: data.ImageList, i: int, image_size: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser())
+    util.run_main(main, get_parser().parse_args())

@@ -30,7 +30,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-from shards import list_shards
+from data.shards import list_shards
 from util import Log, Progress, UserError, atomic_write, derive_seed, run_main
 from visu.pages import printable, read_config
 
@@ -477,4 +477,4 @@ def fill_template(page: dict[str, Any]) -> bytes:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

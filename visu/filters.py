@@ -115,4 +115,4 @@ def beside(grids: list[Image.Image]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser())
+    util.run_main(main, get_parser().parse_args())

@@ -27,13 +27,14 @@ from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from models.trunk import make_sobel
+
 import data
 import evaluation
 import models
 import util
 from features import fold_batch_norm, set_precision
 from models import DeepClusterNet
-from models.trunk import make_sobel
 from util import UserError
 from visu import sheet
 
@@ -508,4 +509,4 @@ def summary(conv: int, results: Sequence[Ascent]) -> str:
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser())
+    util.run_main(main, get_parser().parse_args())

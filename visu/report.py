@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import logbook
+
 from util import Log, UserError, atomic_write, run_main
 from visu.pages import printable, read_config
 
@@ -284,4 +285,4 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,18 +79,11 @@ def keep_lines_before(path: Path, epoch: int) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def continue_logs(exp: Path, origin: Path, clusters_size: int, epoch: int) -> ClusterLog:
-    """The logs of a run that goes on in exp at `epoch`, cut back to what the checkpoint had seen.
-
-    origin is the folder of the run that the checkpoint comes from: where exp is another one, its logs are
-    copied over first.
-    """
-    if origin.resolve() != exp.resolve():
-        for name in ("clusters", "log.jsonl"):
-            if (origin / name).is_file():
-                shutil.copyfile(origin / name, exp / name)
-    keep_lines_before(exp / "log.jsonl", epoch)
-    return ClusterLog(exp / "clusters", clusters_size)
+def take_over(name: str, origin: Path, exp: Path) -> None:
+    """Copy the file of a run that goes on in another folder, exp."""
+    if origin.resolve() != exp.resolve() and (origin / name).is_file():
+        with atomic_write(exp / name, "wb") as file:
+            file.write((origin / name).read_bytes())
 
 
 def write_assignments(path: Path, paths: list[str], labels: np.ndarray, distances: np.ndarray) -> None:

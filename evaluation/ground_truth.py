@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import data
 import safe_pickle
+
+import data
 from util import UserError
 
 # Truncated files of Paris6k: the benchmark leaves them out, wherever it lists them.

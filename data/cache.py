@@ -15,17 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
-from util import Progress, UserError, make_folder
+from data.images import ImageList
+from util import UserError, make_folder
 
 # Part of the file's name, as are the versions of the libraries that make the pixels. To be counted up when
 # data.central_crop gives other pixels.
 VERSION = 1
 LIBRARIES = ("torch", "torchvision", "pillow", "simplejpeg")
-
-# "Automatic for small sets": below this size, and below this share of the free disk.
-AUTOMATIC_BYTES = 2**30
-AUTOMATIC_SHARE = 0.1
 
 EMPTY = 0  # checksum of a row that was never written
 SALT = 0x9E3779B97F4A7C15  # checksum of black, any number but 0
@@ -34,12 +30,6 @@ SALT = 0x9E3779B97F4A7C15  # checksum of black, any number but 0
 def bytes_needed(n: int, size: int) -> int:
     """Size in bytes of the cache of n crops of size x size pixels."""
     return n * (_row_bytes(size) + 8)
-
-
-def automatic(n: int, size: int, free_bytes: int) -> bool:
-    """Whether a cache is worth making unasked: below 1 GiB and below a tenth of the free disk."""
-    needed = bytes_needed(n, size)
-    return needed < AUTOMATIC_BYTES and needed < AUTOMATIC_SHARE * free_bytes
 
 
 def free_bytes(folder: str | Path) -> int:
@@ -61,7 +51,7 @@ class CropCache:
     Raises UserError where the folder cannot be written or its disk has not enough space.
     """
 
-    def __init__(self, folder: str | Path, images: data.ImageList, size: int):
+    def __init__(self, folder: str | Path, images: ImageList, size: int):
         self.shape = (len(images), 3, size, size)
         self.path = Path(folder) / f"crops-{size}-{_digest(images, size)}.cache"
         self._map: tuple[np.ndarray, np.ndarray] | None = None
@@ -101,20 +91,6 @@ class CropCache:
         pixels = rows[i].view(np.uint8)[: crop.numel()].reshape(size, size, 3)
         pixels[:] = crop.permute(1, 2, 0).numpy()
         sums[i] = _checksum(rows[i])
-
-    def filled(self) -> int:
-        """How many crops have been written."""
-        return int(np.count_nonzero(self._open()[1]))
-
-    def fill(
-        self, images: data.ImageList, batch: int, workers: int, progress: Progress | None = None
-    ) -> None:
-        """Write all crops that are missing, now; images that cannot be decoded are left out."""
-        for _, index in data.make_loader(
-            data.CentralView(images, self.shape[-1], cache=self), batch, workers
-        ):
-            if progress is not None:
-                progress.update(len(index))
 
     def _open(self) -> tuple[np.ndarray, np.ndarray]:
         """The rows (N, words) and checksums (N,), uint64, mapped; a file that went away is made again."""
@@ -163,7 +139,7 @@ def _checksum(row: np.ndarray) -> int:
     return (int(np.add.reduce(row)) + SALT) % 2**64 or SALT
 
 
-def _digest(images: data.ImageList, size: int) -> str:
+def _digest(images: ImageList, size: int) -> str:
     """What the crops depend on, in 32 hex digits."""
     what = hashlib.sha256(f"{VERSION} {size} {images.scaled} {images.digest()}".encode())
     what.update(np.ascontiguousarray(images.stamps(), dtype="<i8").tobytes())

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 import safe_pickle
 from safe_pickle import Array, text
+
 from util import UserError, atomic_write, run_main
 
 SHOWN = 5  # lines of a file that are printed
@@ -298,4 +298,4 @@ def write_csv(path: str | Path, pairs: Iterable[tuple[str, int]]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser())
+    run_main(main, get_parser().parse_args())

@@ -24,7 +24,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-import data
+from data.decode import EXTENSIONS
+from data.images import ImageList, classes_of
 from util import UserError
 
 PATHS_MEMBER = "__paths__"
@@ -33,7 +34,7 @@ BLOCK = 512  # bytes; a tar file is made of such blocks
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
 
-class ShardList(data.ImageList):
+class ShardList(ImageList):
     """The images of tar files in a fixed order: shards as named, images as they lie in each.
 
     shards: S paths of tar files; where: (N, 3) int64 rows (shard, offset of the first byte, bytes).
@@ -72,13 +73,9 @@ class ShardList(data.ImageList):
         times = np.array([[s.st_mtime_ns, s.st_ctime_ns] for s in status])[self.where[:, 0]]
         return np.column_stack([times, self.where[:, 1]])
 
-    def keep(self, mask: np.ndarray) -> "ShardList":
-        """The images where mask (N,) bool is true, in the same order; class ids keep their meaning."""
-        kept = super().keep(mask)
-        where = self.where[np.asarray(mask, dtype=bool)]
-        shards = ShardList(kept.root, kept.paths, kept.classes, kept.class_names, self.shards, where)
-        shards.scaled = kept.scaled
-        return shards
+    def _keep(self, mask: np.ndarray) -> None:
+        super()._keep(mask)
+        self.where = self.where[mask]
 
 
 class _Handle:
@@ -158,19 +155,8 @@ def list_shards(pattern: str | Path, threads: int = 16) -> ShardList:
         [(shard, *place) for shard, index in enumerate(indexes) for place in index.places], dtype=np.int64
     )
     _refuse_duplicates(paths, where, names)
-    return ShardList(root, paths, *_classes(indexes), names, where)
-
-
-def check_source(folder: str | None, pattern: str | None) -> None:
-    """UserError unless the images are named in one way: DIR, or --shards PATTERN."""
-    if (folder is None) == (pattern is None):
-        raise UserError("give the images as DIR or as --shards PATTERN, one of them")
-
-
-def list_source(folder: str | None, pattern: str | None, scaled: bool = False) -> data.ImageList:
-    """The images of DIR or of --shards PATTERN; scaled: large JPEGs decoded at a fraction (data.decode)."""
-    images = list_shards(pattern) if pattern else data.list_images(folder)
-    images.scaled = scaled
+    images = ShardList(root, paths, *_classes(indexes), names, where)
+    images.name = str(pattern)
     return images
 
 
@@ -223,7 +209,7 @@ def _classes(indexes: list["_Index"]) -> tuple[np.ndarray | None, list[str] | No
     """Class ids (N,) int64 and names: from .cls members where all have one, else from the first folders."""
     labels = [label for index in indexes for label in index.labels]
     if None in labels or all(index.own_paths for index in indexes):
-        return data.classes_of([path for index in indexes for path in index.paths])
+        return classes_of([path for index in indexes for path in index.paths])
     numbers = all(label.isdecimal() for label in labels)
     names = sorted(set(labels), key=int if numbers else None)
     ids = {name: i for i, name in enumerate(names)}
@@ -256,7 +242,7 @@ def _index(shard: str, split: Callable[[str], tuple[str | None, str | None]]) ->
             own_paths = json.loads(os.pread(handle.fd, size, offset))
         elif key is None or name.startswith("__") or os.path.basename(name).startswith("."):
             continue  # of webdataset itself, or hidden
-        elif os.path.splitext(name)[1].lower() in data.EXTENSIONS:
+        elif os.path.splitext(name)[1].lower() in EXTENSIONS:
             images.setdefault(key, []).append((name, offset, size))
         elif ending.lower() == "cls":
             labels[key] = (offset, size)

@@ -1,0 +1,216 @@
+"""The command lines: a parser whose mistakes are one line, checked numbers, the flags that scripts share.
+
+Nothing heavy is imported here: a script parses first and imports torch afterwards, so that `--help` and a bad
+flag are answered at once.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from util import fail
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with each default shown, and with one line and exit code 2 for a mistake."""
+
+    def __init__(self, doc: str, **options: Any) -> None:
+        """doc: the script's docstring, shown above the flags."""
+        super().__init__(description=doc, formatter_class=_Help, **options)
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{self.prog}: {message.removeprefix('argument ')} (--help tells the flags)")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The docstring as it stands, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type of argparse: whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {least}")
+        return value
+
+    return number
+
+
+def within(low: float, high: float, open_ends: str = "") -> Callable[[str], float]:
+    """A type of argparse: numbers from low to high; open_ends names the ends left out ("low", "high")."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: must be a number") from None
+        inside = low <= value <= high and math.isfinite(value)
+        if not inside or (value == low and "low" in open_ends) or (value == high and "high" in open_ends):
+            left, right = "(" if "low" in open_ends else "[", ")" if "high" in open_ends else "]"
+            raise argparse.ArgumentTypeError(f"{text}: must lie in {left}{low:g}, {high:g}{right}")
+        return value
+
+    return number
+
+
+def positive(text: str) -> float:
+    """A type of argparse: numbers above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text}: must be a positive number")
+    return value
+
+
+def power_of_ten(text: str) -> float:
+    """A type of argparse: the exponent of a weight decay, such as -5 for 10**-5."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and -300 < value < 300):
+        raise argparse.ArgumentTypeError(f"{text}: must be a power of ten such as -5, for 10**-5")
+    return value
+
+
+def add_data(parser: argparse._ActionsContainer) -> None:
+    """The images: DIR or --shards."""
+    parser.add_argument("dir", metavar="DIR", nargs="?", help="a folder of images or a .txt file of paths")
+    parser.add_argument(
+        "--shards",
+        metavar="PATTERN",
+        help="instead of DIR: tar shards, e.g. 'train-{000000..000146}.tar' (tools/make_shards.py)",
+    )
+    add_bad_images(parser)
+
+
+def add_bad_images(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--skip-bad-images",
+        action="store_true",
+        help="leave out files that cannot be decoded instead of stopping with their list",
+    )
+
+
+def add_exp(parser: argparse._ActionsContainer, what: str) -> None:
+    """--exp, the folder of what."""
+    parser.add_argument("--exp", default="exp", metavar="EXP", help=f"folder of {what}")
+
+
+def add_run(parser: argparse._ActionsContainer) -> None:
+    """What everything that trains has: its folder, how it goes on, its seed."""
+    add_exp(parser, "the run: checkpoints, log, results")
+    parser.add_argument(
+        "--resume",
+        metavar="PATH",
+        nargs="?",
+        const="auto",
+        help="checkpoint of a run to continue exactly; auto: the furthest good one in EXP, or a new run "
+        "where there is none",
+    )
+    add_seed(parser)
+    parser.add_argument("--verbose", action="store_true", help="chatty")
+
+
+def add_seed(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--seed", type=at_least(0), default=31, help="random seed")
+
+
+def add_image_size(parser: argparse._ActionsContainer, default: int | None = 224, note: str = "") -> None:
+    """--image-size; note: what the help says besides."""
+    parser.add_argument(
+        "--image-size",
+        type=at_least(16),
+        default=default,
+        metavar="PIXELS",
+        help=f"side of the crops; the shorter side is first resized to 256/224 of it{note}",
+    )
+
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+def add_machine(parser: argparse._ActionsContainer, precision: str | None = "fp32") -> None:
+    """How it is computed: workers, device, precision."""
+    parser.add_argument(
+        "--workers", type=at_least(0), default=4, help="data loading workers of each process; more than "
+        "cores do not help"
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda or cuda:<n> (default: cuda if there is one, else cpu)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=precision,
+        help="arithmetic of the convnet: fp32 is exact; tf32 and fp16 (CUDA) and bf16 (CUDA, CPUs with "
+        "AVX512-BF16 or AMX) are faster and give a slightly different run",
+    )
+
+
+def add_network(group: argparse._ActionsContainer, arch: str = "alexnet") -> None:
+    """What is trained: architecture, Sobel, weights to start from, size of the images."""
+    group.add_argument(
+        "--arch",
+        "-a",
+        default=arch,
+        metavar="ARCH",
+        help="CNN architecture: alexnet, vgg16, resnet18, resnet18s (for images of 28 to 64 pixels), resnet50, "
+        "resnet50w2, resnet50w4, resnet50w5",
+    )
+    group.add_argument(
+        "--sobel",
+        action="store_true",
+        help="Sobel filtering in front: edges, no colour; try "
+        "without where colour matters or clusters collapse",
+    )
+    group.add_argument(
+        "--init",
+        metavar="PATH",
+        help="take the weights (not the head, not the optimiser) from this checkpoint",
+    )
+    add_image_size(group)
+
+
+def add_method_files(group: argparse._ActionsContainer) -> None:
+    """What the methods read and write besides their images."""
+    add_run(group)
+    group.add_argument(
+        "--checkpoints", type=at_least(1), default=25000, help="how many iterations between two checkpoints"
+    )
+    group.add_argument("--no-report", action="store_true", help="no report and no gallery at the end")
+    group.add_argument(
+        "--crop-cache",
+        metavar="FOLDER",
+        help="keep the exact central crops in a file there, so "
+        "that feature passes after the first do not decode (150 KB an image at 224 pixels)",
+    )
+    group.add_argument("--tensorboard", action="store_true", help="also write EXP/tensorboard")
+
+
+def add_method_machine(group: argparse._ActionsContainer) -> None:
+    """How the methods are computed."""
+    add_machine(group)
+    group.add_argument(
+        "--scaled-decoding",
+        action="store_true",
+        help="decode JPEGs of 1024 pixels or more at a fraction of their size: faster, other pixels",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the training step; takes a C++ compiler, and gains nothing on a CPU",
+    )

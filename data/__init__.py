@@ -1,0 +1,35 @@
+"""From image files to batches: any source -> a list of images -> decoded pixels -> crops -> views."""
+
+from data.cache import CropCache
+from data.crops import Transform, central_crop, probe_train_crop, ten_crops, train_crop, voc_train_crop
+from data.decode import EXTENSIONS, FORMATS, ImageError, decode_file
+from data.images import ImageList, PackedPaths, classes_of, list_images
+from data.sources import (
+    broken_reason,
+    cannot_decode,
+    check_headers,
+    leave_out,
+    list_source,
+    open_images,
+    reasons,
+)
+from data.views import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Batch,
+    PlainView,
+    RandomView,
+    init_worker,
+    make_loader,
+    normalise,
+    seeded,
+    to_input,
+)
+
+__all__ = [
+    "EXTENSIONS", "FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "Batch", "CropCache", "ImageError", "ImageList",
+    "PackedPaths", "PlainView", "RandomView", "Transform", "broken_reason", "cannot_decode", "central_crop",
+    "check_headers", "classes_of", "decode_file", "init_worker", "leave_out", "list_images", "list_source",
+    "make_loader", "normalise", "open_images", "probe_train_crop", "reasons", "seeded", "ten_crops",
+    "to_input", "train_crop", "voc_train_crop",
+]  # fmt: skip

@@ -1,0 +1,135 @@
+"""What is cut out of an image: the views of the paper and of its evaluations, with torchvision's pixels."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+# The paper resizes the shorter side to 256 and crops 224; other sizes keep that proportion.
+RESIZE_RATIO = 256 / 224
+
+Transform = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _resized_side(size: int) -> int:
+    """The shorter side that goes with a crop of `size` pixels: 256 for 224."""
+    return round(size * RESIZE_RATIO)
+
+
+def central_crop(size: int) -> Transform:
+    """The paper's view for features: resize the shorter side (to 256 for 224), crop the centre."""
+    return functools.partial(_central_crop, size=size)
+
+
+def train_crop(size: int) -> Transform:
+    """The paper's view for training: a random crop of 8 to 100% of the area, resized, flipped or not."""
+    return functools.partial(_random_crop, size=size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+
+
+def voc_train_crop(size: int) -> Transform:
+    """Training view of VOC classification: a random square of 10 to 50% of the area, flipped or not."""
+    return functools.partial(_random_crop, size=size, scale=(0.1, 0.5), ratio=(1.0, 1.0))
+
+
+def probe_train_crop(size: int) -> Transform:
+    """Training view of the linear probe: Resize(256), CenterCrop(256), RandomCrop(224), flip, to scale."""
+    side = _resized_side(size)
+    crops = [v2.CenterCrop(side), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
+    return v2.Compose([functools.partial(_resize, side=side), *crops])
+
+
+def ten_crops(size: int) -> Transform:
+    """Resize(256), then four corners and the centre, and their mirror images: (10, 3, size, size)."""
+    return v2.Compose([functools.partial(_resize, side=_resized_side(size)), v2.TenCrop(size), torch.stack])
+
+
+# What follows gives torchvision's pixels. Decoding empties the processor's caches, so that the first call of
+# anything after it costs several times what it costs in a loop of its own: there are few calls here.
+
+
+def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    image = _resize(image, _resized_side(size))
+    top, left = (round((side - size) / 2) for side in image.shape[1:])
+    return image[:, top : top + size, left : left + size]
+
+
+def _random_crop(
+    image: torch.Tensor, size: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> torch.Tensor:
+    """torchvision's RandomResizedCrop and RandomHorizontalFlip, drawing the same numbers."""
+    top, left, height, width = _draw_box(image.shape[1], image.shape[2], scale, ratio)
+    view = _resize_to(image[:, top : top + height, left : left + width], size, size)
+    return view.flip(-1) if torch.rand(1).item() < 0.5 else view
+
+
+def _draw_box(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A random box (top, left, height, width), as RandomResizedCrop draws it.
+
+    Its share of the area is uniform in `scale`, the logarithm of width / height uniform in that of `ratio`;
+    after ten boxes that do not fit, the largest central one of a permitted ratio.
+    """
+    (lowest, scales), (narrowest, ratios) = _float32_ranges(scale, ratio)
+    for _ in range(10):
+        u, v = torch.rand(2).tolist()
+        # As torch does it: multiplied and added in one step, rounded to float32 once.
+        area = height * width * float(np.float32(u * scales + lowest))
+        shape = float(np.float32(math.exp(np.float32(v * ratios + narrowest))))
+        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < w <= width and 0 < h <= height:
+            top = torch.randint(height - h + 1, (1,)).item()
+            return top, torch.randint(width - w + 1, (1,)).item(), h, w
+    w, h = width, height
+    if width / height < ratio[0]:
+        h = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        w = round(height * ratio[1])
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@functools.cache
+def _float32_ranges(
+    scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(start, length) of the ranges of scale and of log ratio, each rounded to float32 as torch does."""
+    low, high = np.float32(scale)
+    narrow, wide = (np.float32(math.log(limit)) for limit in np.float32(ratio))
+    return (float(low), float(high - low)), (float(narrow), float(wide - narrow))
+
+
+def _resize(image: torch.Tensor, side: int) -> torch.Tensor:
+    """Resize the shorter side of (3, H, W) to `side`; of an image over 16 times as long as wide, its middle.
+
+    Resized whole, a strip of 1 x 60000 pixels would take 12 GB, of which crops use next to nothing.
+    """
+    short, long = sorted(image.shape[1:])
+    if long > 16 * short:
+        keep = 16 * short
+        keep += (long - keep) % 2  # the same parity, so that the middle stays the middle
+        image = functional.center_crop(image, [min(keep, image.shape[1]), min(keep, image.shape[2])])
+        long = keep
+    length = int(side * long / short)
+    return _resize_to(image, *((side, length) if image.shape[1] <= image.shape[2] else (length, side)))
+
+
+def _resize_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize (3, H, W) uint8 bilinearly with antialiasing, as torchvision's resize."""
+    if image.shape[1:] == (height, width):
+        return image
+    if not RESIZES_UINT8:
+        return functional.resize(image, [height, width])
+    shape, strides = image.shape, image.stride()
+    # The batch of one gets the stride of a whole image: else torch does not see that the channels lie last.
+    whole = max(shape[0] * strides[0], shape[1] * strides[1], shape[2] * strides[2])
+    batch = image.as_strided((1, *shape), (whole, *strides))
+    return interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+
+
+# On other processors torchvision computes in float32.
+RESIZES_UINT8 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")

@@ -1,0 +1,138 @@
+"""Files of weights, ours and those that the authors released, as networks.
+
+Nothing here trusts a file's own word where its parameters tell: Sobel is seen from `sobel.0.weight`, the
+number of clusters from `top_layer.bias`, the architecture from names and shapes.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+import models
+from models.network import Network
+from util import UserError, derive_seed
+
+HEADS = ("top_layer.",)  # parameters of what stands on a network: not part of it where only it is wanted
+
+
+def clean_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Parameter names without DataParallel's `module.` at whatever level it stands."""
+    return {re.sub(r"(^|\.)module\.", r"\1", name): value for name, value in state_dict.items()}
+
+
+def model_weights(state: dict[str, Any], path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """(arch, clean state dict) of a checkpoint's dict, or of a bare state dict.
+
+    arch is the file's own word, else it is seen from the parameters. Raises UserError where there are none
+    that this repository knows.
+    """
+    weights = state.get("state_dict", state)
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    ):
+        raise UserError(f"{path}: no state_dict of tensors in this file")
+    weights = clean_keys(weights)
+    word = state.get("arch")
+    arch = word if isinstance(word, str) and word in models.ARCHITECTURES else guess_arch(weights)
+    if arch is None:
+        raise UserError(
+            f"{path}: not a network of this repository (neither features.0.weight of AlexNet and VGG-16 nor "
+            "layer1.0.conv1.weight of a ResNet among its parameters)"
+        )
+    return arch, weights
+
+
+def guess_arch(weights: dict[str, torch.Tensor]) -> str | None:
+    """The architecture that has these parameters; None if there is none."""
+    if "features.0.weight" in weights:
+        return "alexnet" if "classifier.1.weight" in weights else "vgg16"
+    if "layer1.0.conv1.weight" not in weights or "conv1.weight" not in weights:
+        return None
+    stem = weights["conv1.weight"].shape
+    if "layer1.0.conv3.weight" in weights:
+        width = stem[0] // 64
+        return "resnet50" if width == 1 else f"resnet50w{width}"
+    return "resnet18s" if stem[-1] == 3 else "resnet18"
+
+
+def build_from(state: dict[str, Any], path: str | Path) -> Network:
+    """The network that a checkpoint's dict describes, with its weights, on the CPU, in eval mode.
+
+    A file without a head gives a network without one.
+    """
+    arch, weights = model_weights(state, path)
+    head = weights.get("top_layer.bias")
+    net = models.build(arch, "sobel.0.weight" in weights, None if head is None else head.numel(), seed=0)
+    load_weights(net, weights, path)
+    return net.eval()
+
+
+def load_weights(net: Network, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Copy weights into net; everything must fit, except `num_batches_tracked`, which old files lack."""
+    own = net.state_dict()
+    missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
+    extra = [name for name in weights if name not in own]
+    if missing or extra:
+        what = f"lacks {missing[0]}" if missing else f"has an unknown {extra[0]}"
+        raise UserError(f"{path}: does not fit {net.arch}{' with Sobel' if net.sobel else ''}: it {what}")
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise UserError(
+                f"{path}: {name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in {net.arch}"
+            )
+    net.load_state_dict(weights, strict=False)
+
+
+def load(path: str | Path | None, layers: Iterable[str] = (), seed: int = 31) -> Network:
+    """The network in a checkpoint file (ours or the authors'), on the CPU, in eval mode.
+
+    `random:ARCH` and `random:ARCH:sobel` name the network that a run with --seed `seed` starts from. Raises
+    UserError where there is none, and where it lacks one of the activations `layers`.
+    """
+    if not path:
+        raise UserError("--model is missing: give a checkpoint, e.g. exp/checkpoint.pth.tar")
+    net = random_network(str(path), seed) if str(path).startswith("random:") else None
+    net = net or build_from(checkpoint.read(path), path)
+    for layer in layers:
+        if layer not in net.activation_names:
+            raise UserError(
+                f"{path}: {net.arch} has no layer {layer}; it has {', '.join(net.activation_names)}"
+            )
+    return net
+
+
+def random_network(spec: str, seed: int) -> Network:
+    """The network of `random:ARCH` or `random:ARCH:sobel`: that a run with this --seed starts from."""
+    arch, _, sobel = spec.removeprefix("random:").partition(":")
+    if arch not in models.ARCHITECTURES or sobel not in ("", "sobel"):
+        raise UserError(
+            f"--model {spec}: random networks are random:ARCH or random:ARCH:sobel, ARCH one of "
+            f"{', '.join(models.ARCHITECTURES)}"
+        )
+    return models.build(arch, sobel == "sobel", seed=derive_seed(seed, "weights")).eval()
+
+
+def init_weights(net: Network, path: str | Path) -> None:
+    """Take the weights of a file for everything but the head (`--init`); optimisers in it are ignored.
+
+    Raises UserError when the file's arch or Sobel is not net's.
+    """
+    arch, weights = model_weights(checkpoint.read(path), path)
+    sobel = "sobel.0.weight" in weights
+    if arch != net.arch or sobel != (net.sobel is not None):
+        raise UserError(
+            f"--init {path}: holds {arch} {'with' if sobel else 'without'} Sobel, the run is {net.arch} "
+            f"{'with' if net.sobel is not None else 'without'} Sobel; change --arch or --sobel"
+        )
+    heads = {name: value for name, value in net.state_dict().items() if name.startswith(HEADS)}
+    body = {name: value for name, value in weights.items() if not name.startswith(HEADS)}
+    load_weights(net, body | heads, path)
+
+
+def body_state(net: Network) -> dict[str, torch.Tensor]:
+    """The weights of net without its head."""
+    return {name: value for name, value in net.state_dict().items() if not name.startswith(HEADS)}

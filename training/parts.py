@@ -1,0 +1,118 @@
+"""What a run keeps: its parts, which are in every checkpoint, and how they come back from one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+from models.network import Network
+from models.weights import load_weights, model_weights
+from training import optim
+from util import Log, UserError
+
+# Settings that may change in a resumed run without a word; of the others those that are not fixed are told.
+FREE = frozenset({
+    "dir", "data", "shards", "exp", "resume", "epochs", "start_epoch", "init", "checkpoints", "workers",
+    "device", "verbose", "skip_bad_images", "crop_cache", "no_report", "tensorboard",
+})  # fmt: skip
+TOP = {
+    "net": "state_dict",
+    "body": "optimizer",
+    "optimizer": "optimizer",
+}  # names that others read
+PLACE = ("epoch", "position", "iteration", "record", "loss", "args", "parts")
+
+
+class Parts:
+    """Whatever has state_dict and load_state_dict, by name; and what a checkpoint holds for those to come."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+        self._saved: dict[str, Any] = {}
+        self._path: Path | None = None
+
+    def read(
+        self, path: Path, method: str, settings: dict[str, Any], fixed: tuple, log: Log
+    ) -> dict[str, Any]:
+        """Read the checkpoint at path, whose parts are then restored when they are kept; returns its content.
+
+        Raises UserError unless it is one of this method, with the same settings where those are fixed.
+        """
+        saved = upgrade(checkpoint.read(path))
+        missing = [name for name in PLACE if name not in saved]
+        if missing:
+            raise UserError(
+                f"--resume {path}: holds no {missing[0]}, so it is not a checkpoint of a run of this "
+                "program; to start from its weights use --init"
+            )
+        if saved["method"] != method:
+            raise UserError(f"--resume {path}: a checkpoint of {saved['method']}, not of {method}")
+        check_same(saved["args"], settings, fixed, path, log)
+        top = {name: saved[key] for name, key in TOP.items() if key in saved}
+        self._saved, self._path = top | saved["parts"], path
+        return saved
+
+    def keep(self, **parts: Any) -> None:
+        """Kept from now on; restored, once, where a checkpoint was read. UserError if one does not fit."""
+        for name, part in parts.items():
+            self.kept[name] = part
+            if name not in self._saved:
+                continue
+            state = self._saved.pop(name)
+            try:
+                self._restore(part, state)
+            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"--resume {self._path}: its {name} does not fit ({reason})") from error
+
+    def _restore(self, part: Any, state: Any) -> None:
+        if isinstance(part, Network):
+            weights = model_weights({"state_dict": state, "arch": part.arch}, self._path)[1]
+            load_weights(part, weights, self._path)
+        elif isinstance(part, torch.optim.Optimizer):
+            optim.restore(part, state)
+        else:
+            part.load_state_dict(state)
+
+    def forget(self, name: str) -> None:
+        """What was read of this part is void: it is made anew."""
+        self._saved.pop(name, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of the parts, some of them under the names that checkpoints have always had."""
+        parts = {name: part.state_dict() for name, part in self.kept.items()}
+        top = {TOP[name]: parts.pop(name) for name in TOP if name in parts}
+        return {"arch": getattr(self.kept.get("net"), "arch", None), **top, "parts": parts}
+
+
+def check_same(was: dict[str, Any], now: dict[str, Any], fixed: tuple, path: Path, log: Log) -> None:
+    """A checkpoint goes on only with the settings it was made with; a change of others is told."""
+    for name, value in now.items():
+        if name not in was or was[name] == value or name in FREE:
+            continue
+        if name in fixed:
+            raise UserError(
+                f"--resume {path}: was run with {name} {was[name]}, not {value}; give the same, or start a "
+                "new run from its weights with --init"
+            )
+        log(f"note: {name} was {was[name]} and is {value} from here on")
+
+
+def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint of any version of this repository in today's form."""
+    if "parts" in saved or "clustered" not in saved or "assignment" not in saved:
+        return saved
+    record = dict(saved["record"])
+    labels = {
+        "epoch": saved["epoch"] if saved["clustered"] else saved["epoch"] - 1,
+        "assignments": [saved["assignment"]],
+        "clusters_size": saved["clusters_size"],
+        "figures": {name: value for name, value in record.items() if name not in ("epoch", "seconds")},
+    }
+    images = saved["images"] | {"skipped": saved["skipped"]}
+    return saved | {
+        "method": "deepcluster",
+        "record": {"seconds": record.get("seconds", {})},
+        "parts": {"images": images, "labels": labels, "head": saved["optimizer_head"]},
+    }

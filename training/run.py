@@ -1,0 +1,370 @@
+"""The engine around a method: its folder, parts, seeds, passes, log and checkpoints. It knows no clustering.
+
+    with Run(args, fixed=("arch", "seed", ...)) as run:
+        images = run.open_images()
+        net = run.network(models.build(args.arch, seed=run.seed("weights")))
+        optimizer = sgd(net.parameters(), args.lr, 0.9, 1e-6)
+        run.keep(images=images, net=net, optimizer=optimizer)  # restored here where the run is resumed
+        for epoch in run.epochs(args.epochs):
+            draws = ...                                        # (T,) indexes of images
+            run.train_pass(net, [optimizer], view, draws, loss)
+            run.finish_epoch()
+
+A method keeps its own short loop and hands over values; what is kept has state_dict and load_state_dict.
+Under torchrun every process runs all of it, on its part of the images.
+"""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import checkpoint
+import data
+import distributed
+from data import ImageList, PlainView, RandomView
+from data.sampling import ShareSampler
+from features import Pass, extract_features
+from models.network import Network
+from models.parallel import Share, share_among_ranks
+from models.weights import init_weights
+from training import logs
+from training.announce import versions
+from training.folder import Folder, origin_of
+from training.optim import Schedule
+from training.parts import Parts
+from training.signals import Signals
+from training.steps import Loss, Steps, deal
+from util import (
+    AverageMeter,
+    Log,
+    Preempted,
+    Progress,
+    UserError,
+    derive_seed,
+    peak_memory_gib,
+    set_precision,
+)
+
+
+class Run:
+    """A training that can be interrupted at any moment and goes on exactly; use it in a with statement.
+
+    args: the command line; the engine reads exp, resume, seed, device, precision, workers, batch (of all
+    ranks), verbose, checkpoints and the like of it. method: what its checkpoints are of. fixed: names in args
+    that have to be as they were where a run goes on. own_files: write METHOD.pth.tar, .log and .jsonl rather
+    than checkpoint.pth.tar, train.log and log.jsonl, so that an evaluation can lie beside what it evaluates.
+
+    epoch: the one that is being made; position: steps made in it; iteration: steps made in all.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, method: str, fixed: Sequence[str], own_files: bool = False
+    ) -> None:
+        self.args, self.method, self.fixed = args, method, tuple(fixed)
+        names = (f"{method}.pth.tar", f"{method}.log", f"{method}.jsonl")
+        names = names if own_files else ("checkpoint.pth.tar", "train.log", "log.jsonl")
+        self.exp = Path(args.exp)
+        self.folder = Folder(self.exp, names[0])
+        self._log_file, self.lines = (self.exp / name for name in names[1:])
+        self.share, self.signals, self.parts = Share(), Signals(), Parts()
+        self.epoch = getattr(args, "start_epoch", 0)
+        self.position = self.iteration = 0
+        self.record: dict[str, Any] = {"seconds": {}}
+        self.meter = AverageMeter()
+
+    # -- from start to end
+
+    def __enter__(self) -> "Run":
+        args = self.args
+        self.device = distributed.init(args.device)
+        try:
+            set_precision(args.precision, self.device)
+            self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+            self.batch = getattr(args, "batch", None) or args.batch_size * distributed.world_size()
+            if self.batch < distributed.world_size():
+                raise UserError(
+                    f"--batch {self.batch}: is of all {distributed.world_size()} processes together"
+                )
+            self.log = Log(quiet=not distributed.is_main())
+            args.resume = distributed.on_main(self._open_folder)
+            self.resumed = args.resume is not None
+            if self.resumed:
+                self._read(Path(args.resume))
+            self.board = self._open_board() if getattr(args, "tensorboard", False) else None
+            self.signals.__enter__()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        self.signals.__exit__()
+        self._leave()
+        # What a library makes of a signal that came while it computed is not what ended the run.
+        if self.signals.asked is not None and error is not None and not isinstance(error, Preempted):
+            raise self.signals.asked from error
+
+    def _leave(self) -> None:
+        self.folder.close()
+        distributed.shutdown()
+
+    def _open_folder(self) -> str | None:
+        """Lock EXP and find the checkpoint to go on from; a new run begins with an empty log."""
+        self.folder.open()
+        self.log = Log(self._log_file)
+        found = self.folder.find(self.args.resume, self.log)
+        if found is None:
+            self.lines.unlink(missing_ok=True)
+        return found
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return distributed.is_main()
+
+    @property
+    def origin(self) -> Path:
+        """The folder of the run that goes on here: EXP itself, or another one."""
+        return origin_of(self.args.resume) if self.resumed else self.exp
+
+    def _open_board(self) -> Any:
+        return logs.open_tensorboard(self.exp) if distributed.is_main() else None
+
+    def _read(self, path: Path) -> None:
+        """Take over a checkpoint's place and log; its parts follow when they are kept."""
+        saved = self.parts.read(path, self.method, vars(self.args), self.fixed, self.log)
+        self.epoch, self.position, self.iteration = (saved[k] for k in ("epoch", "position", "iteration"))
+        self.record = saved["record"]
+        self.meter.sum, self.meter.count = saved["loss"]["sum"], saved["loss"]["count"]
+        if self.scaler.is_enabled() and saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        distributed.on_main(self._restore_log, origin_of(path))
+        self.log(f"resuming {path} in epoch {self.epoch} after {self.iteration} iterations")
+
+    def _restore_log(self, origin: Path) -> None:
+        logs.take_over(self.lines.name, origin, self.exp)
+        logs.keep_lines_before(self.lines, self.epoch)
+
+    def keep(self, **parts: Any) -> None:
+        """These belong to the run: they are in every checkpoint from now on.
+
+        Where the run is resumed, a part is restored here, once. Raises UserError where it does not fit.
+        """
+        self.parts.keep(**parts)
+
+    def forget(self, name: str) -> None:
+        """What a resumed run has saved of this part is void: the part is made anew."""
+        self.parts.forget(name)
+
+    # -- what a method asks for
+
+    def seed(self, *what: int | str) -> int:
+        """A seed from (args.seed, what), never from history."""
+        return derive_seed(self.args.seed, *what)
+
+    def open_images(self, enough: Callable[[ImageList], None] | None = None) -> ImageList:
+        """The images that DIR or --shards names, those that cannot be read told or left out."""
+        args = self.args
+        cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+        if args.workers > cores:
+            of = "this machine" if distributed.world_size() == 1 else "each process"
+            self.log(f"warning: --workers {args.workers}, but {of} has {cores} core(s); {cores} would do")
+        return data.open_images(
+            args.dir, args.shards, bad_list=self.exp / "bad_images.txt", skip_bad=args.skip_bad_images,
+            scaled=getattr(args, "scaled_decoding", False), workers=args.workers, enough=enough, log=self.log,
+        )  # fmt: skip
+
+    def network(self, net: Network, init: str | None = None) -> Network:
+        """net on the device, over the ranks, compiled if asked for; init: a file to take its weights from."""
+        if init:
+            init_weights(net, init)
+        if distributed.world_size() > 1:
+            share_among_ranks(net, self.share, self.args.sync_bn)
+        if getattr(self.args, "compile", False):
+            net.compile()
+        return net.to(self.device, memory_format=torch.channels_last)
+
+    def epochs(self, last: int) -> Iterator[int]:
+        """The epochs from where the run stands to `last`; each has to end with finish_epoch."""
+        if self.epoch >= last:
+            self.log(f"nothing to do: this run has its {self.epoch} epochs; ask for more with --epochs")
+        while self.epoch < last:
+            epoch = self.epoch
+            yield epoch
+            if self.epoch == epoch:
+                raise RuntimeError("an epoch ended without finish_epoch")
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """What the block does is shown on a terminal, and its seconds stand in the log line under `what`."""
+        progress = Progress(1, f"epoch {self.epoch} {what}", unit="step", log=self.log)
+        progress.update(0)
+        yield
+        progress.clear()
+        self.record["seconds"][what] = progress.seconds
+
+    # -- passes over the images
+
+    def feature_pass(self, net: Network, view: PlainView, layer: str) -> np.ndarray:
+        """Activations of a layer for this rank's images in order, net in eval mode: (n_r, D).
+
+        In the dtype of --feature-dtype. Images that turn out to be undecodable leave the run, and the list
+        itself, before its first step; later they stop it.
+        """
+        rows = distributed.share_of(len(view))
+        ranks = " of rank 0" if distributed.world_size() > 1 else ""
+        progress = Progress(len(rows), f"epoch {self.epoch} features{ranks}", log=self.log)
+        how = Pass(self.batch, self.args.workers, self.device, self.args.precision)
+        dtype = np.dtype(getattr(self.args, "feature_dtype", "float32"))
+        features, broken = extract_features(net, layer, view, how, rows, dtype, progress)
+        progress.close()
+        self.record["seconds"]["features"] = progress.seconds
+        self._count_images("features", len(view), progress.seconds)
+        broken = sorted(i for part in distributed.gather_objects(broken) for i in part)
+        return self._without(features, broken, rows, view) if broken else features
+
+    def _without(self, features: np.ndarray, broken: list[int], rows: range, view: PlainView) -> np.ndarray:
+        """The features of this rank's images `rows` without the broken images, which leave the list."""
+        images = view.images
+        bad = data.reasons(images, broken)
+        if self.iteration > 0:
+            raise UserError(f"{images.path(broken[0])}: was readable before and is no longer: {bad[0][1]}")
+        kept = np.setdiff1d(np.arange(rows.start, rows.stop), broken) - rows.start
+        data.leave_out(images, bad, self.exp / "bad_images.txt", self.args.skip_bad_images, self.log)
+        view.cache = None  # it has rows for images that are no longer there
+        for start in range(0, len(kept), 1024):  # in place: kept[i] >= i, so no row is overwritten unread
+            block = kept[start : start + 1024]
+            features[start : start + len(block)] = features[block]
+        return features[: len(kept)]
+
+    def train_pass(
+        self,
+        net: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        view: RandomView,
+        draws: np.ndarray,
+        loss: Loss,
+        *,
+        schedule: Schedule | None = None,
+        clip: float | None = None,
+    ) -> None:
+        """What is left of the epoch's pass over the images that draws (T, ...) names, a step a global batch.
+
+        loss: training/steps.py. Writes a checkpoint every --checkpoints steps. A signal ends it, on every
+        rank after the same step, with a checkpoint.
+        """
+        sampler = ShareSampler(draws, self.batch, self.position, distributed.rank(), distributed.world_size())
+        view = view.at(self.args.seed, self.epoch)
+        loader = data.make_loader(view, self.batch, self.args.workers, self.device, batch_sampler=sampler)
+        left, before = max(len(draws) - self.position * self.batch, 0), self.meter.count
+        progress = Progress(left, f"epoch {self.epoch} training", log=self.log)
+        steps = Steps(
+            net, optimizers, loss, self.device, self.args.precision, self.scaler, schedule, clip
+        )  # fmt: skip
+        net.train()
+        with self.signals.held():
+            for total, batch in deal(loader, sampler, self.share):
+                torch.manual_seed(self._before_step())
+                asked = self.signals.asked is not None
+                value, stopped = steps.step(batch, total, self.iteration - 1, asked)
+                self.meter.update(value, total)
+                progress.update(total, f"loss {self.meter.avg:.4f}")
+                if stopped:
+                    self._stop()
+        if not getattr(self.args, "sync_bn", True):
+            distributed.broadcast_tensors(
+                net.buffers()
+            )  # the first rank's running statistics are the network's
+        progress.close(f"loss {self.meter.avg:.4f}")
+        self.record["seconds"]["train"] = progress.seconds
+        self._count_images("train", self.meter.count - before, progress.seconds)
+
+    def _count_images(self, what: str, number: int, seconds: float) -> None:
+        rate = round(number / max(seconds, 1e-9), 1)
+        self.record["images_per_second"] = self.record.get("images_per_second", {}) | {what: rate}
+
+    def _before_step(self) -> int:
+        """Write a periodic checkpoint when one is due; the seed of the step that follows."""
+        every = getattr(self.args, "checkpoints", None)
+        if every and self.iteration % every == 0:
+            self.save(self.folder.periodic(self.iteration // every))
+        if self.args.verbose and self.position and self.position % 100 == 0:
+            self.log(f"epoch {self.epoch} iteration {self.position} mean loss {self.meter.avg:.4f}")
+        self.position += 1
+        self.iteration += 1
+        return self.seed("step", self.iteration)
+
+    def _stop(self) -> None:
+        """End the run after this step, as a signal asked for; on every rank."""
+        self.save(self.folder.last)
+        raise self.signals.asked or Preempted("another rank was asked to stop: go on with --resume auto")
+
+    # -- log and checkpoint
+
+    def finish_epoch(self, log_k: float | None = None, **figures: Any) -> dict[str, Any]:
+        """Write the epoch's log line and checkpoint, and stand before the next epoch; returns the record.
+
+        log_k: the loss of guessing; one that stays there, or is far above, is warned about.
+        """
+        loss = self.meter.avg
+        record = {"epoch": self.epoch, **self.record, **figures, "loss": loss, "iteration": self.iteration}
+        if log_k is not None:
+            record["loss_over_log_k"] = loss / log_k
+            self._warn(loss, log_k)
+        seconds = record["seconds"] | {"total": sum(record["seconds"].values())}
+        record["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
+        record["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        if self.device.type == "cuda":
+            record["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+        self.epoch, self.position = self.epoch + 1, 0
+        self.record, self.meter = {"seconds": {}}, AverageMeter()
+        with self.signals.held():
+            if distributed.is_main():
+                logs.append_line(self.lines, record)
+            self.save(self.folder.last)
+        if self.board is not None:
+            logs.to_tensorboard(self.board, record)
+        return record
+
+    def _warn(self, loss: float, log_k: float) -> None:
+        if self.epoch < 2:
+            return
+        if loss > 1.1 * log_k:
+            self.log(
+                f"warning: the loss {loss:.3f} is far above log k = {log_k:.3f}, what guessing gives: "
+                "training diverges; try a lower --lr"
+            )
+        elif loss > 0.98 * log_k:
+            self.log(
+                f"warning: the loss {loss:.3f} is stuck at log k = {log_k:.3f}: the cluster ids are not "
+                "being learnt; try another --lr or a smaller --k"
+            )
+
+    def save(self, path: Path) -> None:
+        """Everything from which the run goes on exactly; `epoch` is the one to go on with."""
+        if not distributed.is_main():
+            return
+        with self.signals.held():
+            checkpoint.save(path, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: the place, the parts, the settings."""
+        return {
+            "method": self.method,
+            "epoch": self.epoch,
+            "position": self.position,
+            "iteration": self.iteration,
+            **self.parts.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "record": self.record,
+            "loss": {"sum": self.meter.sum, "count": self.meter.count},
+            "args": vars(self.args),
+            "versions": versions(),
+        }
