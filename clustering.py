@@ -97,20 +97,21 @@ def kmeans(
     seed: int,
     *,
     niter: int = KMEANS_ITERATIONS,
+    spherical: bool = False,
     ranks: bool = False,
     device: Device = "cpu",
 ) -> Assignment:
     """k-means of all ranks' points: squared L2, all points, one start, always `niter` iterations.
 
-    By Faiss, on the first rank and all its GPUs, which takes all rows there; with `ranks` by Lloyd's
-    iterations over the ranks, each of which keeps its rows. Labels and distances come from one more search
-    after the last iteration; `objective` is the sum of squared distances at the last iteration. Empty
+    By Faiss, on the first rank and all its GPUs, which takes all rows there; with `ranks`, or `spherical`
+    (rows and centroids of norm 1), by Lloyd's iterations over the ranks, each of which keeps its rows.
+    Labels and distances come from one more search after the last iteration; `objective` is the sum of squared distances at the last iteration. Empty
     clusters are re-seeded by splitting a large one (Faiss's rule); with fewer distinct points than k some
     stay empty. On the CPU two runs give the same bits.
     Raises UserError for k < 1, k > N and points that are not finite.
     """
-    if ranks:
-        labels, distances, objective, centroids = lloyd(x, k, seed, niter, device)
+    if ranks or spherical:
+        labels, distances, objective, centroids = lloyd(x, k, seed, niter, device, spherical=spherical)
         return Assignment(labels, k, objective, distances, centroids)
     return _on_all_points(_faiss_kmeans, x, k, seed, niter, device)[0]
 

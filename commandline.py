@@ -168,8 +168,8 @@ def add_network(group: argparse._ActionsContainer, arch: str = "alexnet") -> Non
         "-a",
         default=arch,
         metavar="ARCH",
-        help="CNN architecture: alexnet, vgg16, resnet18, resnet18s (for images of 28 to 64 pixels), resnet50, "
-        "resnet50w2, resnet50w4, resnet50w5",
+        help="CNN architecture: alexnet, vgg16, resnet18, resnet18s (for images of 28 to 64 pixels), "
+        "resnet50, resnet50w2, resnet50w4, resnet50w5",
     )
     group.add_argument(
         "--sobel",
@@ -192,13 +192,17 @@ def add_method_files(group: argparse._ActionsContainer) -> None:
         "--checkpoints", type=at_least(1), default=25000, help="how many iterations between two checkpoints"
     )
     group.add_argument("--no-report", action="store_true", help="no report and no gallery at the end")
+    group.add_argument("--tensorboard", action="store_true", help="also write EXP/tensorboard")
+
+
+def add_crop_cache(group: argparse._ActionsContainer) -> None:
+    """Of the methods that extract the features of all images again and again."""
     group.add_argument(
         "--crop-cache",
         metavar="FOLDER",
         help="keep the exact central crops in a file there, so "
         "that feature passes after the first do not decode (150 KB an image at 224 pixels)",
     )
-    group.add_argument("--tensorboard", action="store_true", help="also write EXP/tensorboard")
 
 
 def add_method_machine(group: argparse._ActionsContainer) -> None:
@@ -214,3 +218,111 @@ def add_method_machine(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="torch.compile the training step; takes a C++ compiler, and gains nothing on a CPU",
     )
+
+
+def add_multicrop(parser: argparse.ArgumentParser) -> None:
+    """Images, network and crops of SwAV and DeepCluster-v2."""
+    add_data(parser)
+    parser.add_argument("--data_path", dest="dir", metavar="DIR", default=argparse.SUPPRESS, help="DIR too")
+    group = parser.add_argument_group("network")
+    group.add_argument("--arch", default="resnet50", metavar="ARCH", help="CNN architecture; as of main.py")
+    group.add_argument("--sobel", action="store_true", help="Sobel filtering in front")
+    group.add_argument("--init", metavar="PATH", help="take the weights of the network from this checkpoint")
+    group.add_argument(
+        "--hidden_mlp", type=at_least(0), default=2048, help="units of the projection head, 0: a linear layer"
+    )
+    group.add_argument("--feat_dim", type=at_least(1), default=128, help="numbers of an embedding")
+    group = parser.add_argument_group("crops")
+    lists = {"nargs": "+", "metavar": "N"}
+    group.add_argument(
+        "--nmb_crops", type=at_least(1), default=[2], help="crops of each group, e.g. 2 6", **lists
+    )
+    group.add_argument(
+        "--size_crops", type=at_least(16), default=[224], help="pixels of each group, e.g. 224 96", **lists
+    )
+    area = within(0, 1, "low")
+    group.add_argument(
+        "--min_scale_crops", type=area, default=[0.14], help="smallest share of the area, by group", **lists
+    )
+    group.add_argument(
+        "--max_scale_crops", type=area, default=[1.0], help="largest share of the area, by group", **lists
+    )
+    group.add_argument(
+        "--crops_for_assign",
+        type=at_least(0),
+        default=[0, 1],
+        help="crops that images are assigned by",
+        **lists,
+    )
+    group.add_argument(
+        "--jitter_strength",
+        type=within(0, 2),
+        default=1.0,
+        help="of the change of colours; lower it for small images or where colour matters, 0: none",
+    )
+    group.add_argument("--blur", type=within(0, 1), default=0.5, help="share of the crops that are blurred")
+
+
+def add_multicrop_training(parser: argparse.ArgumentParser, freeze: int) -> None:
+    """Training, files and machine of SwAV and DeepCluster-v2; freeze: default of the iterations."""
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--temperature", type=positive, default=0.1, help="of the loss; raise it (0.5) when it stays at ln K"
+    )
+    group.add_argument("--epochs", type=at_least(1), default=100, help="number of total epochs to run")
+    group.add_argument("--batch_size", type=at_least(1), default=64, help="images of one process in a step")
+    group.add_argument(
+        "--base_lr", type=positive, default=4.8, help="learning rate, of a global batch of 4096: scale it"
+    )
+    group.add_argument("--final_lr", type=within(0, 1e9), default=0.0, help="learning rate at the end")
+    group.add_argument("--wd", type=within(0, 1), default=1e-6, help="weight decay (itself, not its power)")
+    group.add_argument("--warmup_epochs", type=at_least(0), default=10, help="epochs of rising learning rate")
+    group.add_argument(
+        "--start_warmup", type=within(0, 1e9), default=0.0, help="learning rate it starts from"
+    )
+    group.add_argument(
+        "--freeze_prototypes_niters",
+        type=at_least(0),
+        default=freeze,
+        help="iterations in which prototypes are not trained; more against a collapse",
+    )
+    group.add_argument(
+        "--larc",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="layer-wise rates around SGD; --no-larc: plain SGD, for small networks and batches",
+    )
+    group.add_argument(
+        "--sync_bn",
+        choices=("pytorch", "apex", "none"),
+        default="pytorch",
+        help="batch norm over all processes (both words), or of each alone",
+    )
+    group = parser.add_argument_group("files")
+    add_method_files(group)
+    group.add_argument("--dump_path", dest="exp", metavar="EXP", default=argparse.SUPPRESS, help="--exp too")
+    group.add_argument(
+        "--checkpoint_freq", type=at_least(1), default=25, help="epochs between two checkpoints that are kept"
+    )
+    group = parser.add_argument_group("machine")
+    add_method_machine(group)
+    group.add_argument(
+        "--use_fp16", type=word, default=False, metavar="BOOL", help="--precision fp16, CUDA only"
+    )
+    for name in OLD_FLAGS:
+        group.add_argument(name, metavar="X", help=argparse.SUPPRESS)
+
+
+# Of the authors' command lines; they are accepted, and a run says that they change nothing.
+OLD_FLAGS = (
+    "--dist_url", "--world_size", "--rank", "--local_rank", "--syncbn_process_group_size", "--use_pil_blur",
+    "--improve_numerical_stability",
+)  # fmt: skip
+
+
+def word(text: str) -> bool:
+    """A type of argparse: on, true, 1 or off, false, 0, in any case."""
+    known = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text}: give true or false")
+    return known[text.lower()]

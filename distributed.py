@@ -89,11 +89,7 @@ def broadcast_tensors(tensors: Iterable[torch.Tensor]) -> None:
 
 def broadcast_object(value: Any) -> Any:
     """The first rank's value, on every rank. It is pickled: for values of our own only."""
-    if world_size() == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
-    return box[0]
+    return broadcast_from(0, value)
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -164,3 +160,23 @@ def all_gather_rows(rows: np.ndarray) -> np.ndarray:
     for part in _as_bytes(whole).split(CHUNK_BYTES):
         dist.broadcast(part, 0)
     return whole
+
+
+def from_rank(source: int, rows: np.ndarray) -> np.ndarray:
+    """The rows (n_r, ...) of rank `source`, on every rank; all call it, with rows of one type."""
+    if world_size() == 1:
+        return rows
+    shape = broadcast_from(source, rows.shape)
+    whole = np.ascontiguousarray(rows) if rank() == source else np.empty(shape, rows.dtype)
+    for part in _as_bytes(whole).split(CHUNK_BYTES):
+        dist.broadcast(part, source)
+    return whole
+
+
+def broadcast_from(source: int, value: Any) -> Any:
+    """The value of rank `source`, on every rank. It is pickled: for values of our own only."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, source, device=torch.device("cpu"))
+    return box[0]

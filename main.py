@@ -13,6 +13,7 @@ import argparse
 
 from commandline import (
     Parser,
+    add_crop_cache,
     add_data,
     add_method_files,
     add_method_machine,
@@ -31,7 +32,9 @@ def get_parser() -> Parser:
     add_network(parser.add_argument_group("network"))
     add_clustering(parser.add_argument_group("clustering"))
     add_training(parser.add_argument_group("training"))
-    add_method_files(parser.add_argument_group("files"))
+    group = parser.add_argument_group("files")
+    add_method_files(group)
+    add_crop_cache(group)
     add_method_machine(parser.add_argument_group("machine"))
     return parser
 
@@ -125,6 +128,7 @@ from training.labels import PseudoLabels
 from training.optim import sgd
 from training.run import Run
 from util import UserError, run_main
+from visu.pictures import finish
 
 PCA_DIM = 256  # section 3.4 of the paper: PCA-reduced to 256 dimensions, whitened, L2-normalised
 FIXED = (
@@ -143,7 +147,9 @@ def main(args: argparse.Namespace) -> None:
     fixed = [name for name in FIXED if not (finds_k and name == "nmb_cluster")]
     with Run(args, "deepcluster", fixed) as run:
         images = run.open_images(enough=partial(check_enough, k=None if finds_k else args.nmb_cluster))
-        net = run.network(models.build(args.arch, args.sobel, seed=run.seed("weights")), args.init)
+        net = run.network(
+            models.build(args.arch, args.sobel, seed=run.seed("weights")), args.init, args.sync_bn
+        )
         labels = PseudoLabels(run.exp, images, run.log, vars(args), run.origin)
         run.keep(images=images, labels=labels)
         if labels.assignments:
@@ -177,11 +183,7 @@ def main(args: argparse.Namespace) -> None:
             draws = SAMPLERS[args.sampling](labels.ids, total, run.seed("sampling", epoch))
             run.train_pass(net, [body, head], random, draws, partial(loss, labels))
             run.finish_epoch(labels.log_k, **labels.figures())
-        run.log(f"done: {run.epoch} epochs. Weights: {run.folder.last}  log: {run.lines}")
-        if run.is_main and not args.no_report:
-            from visu.pictures import write_pictures  # takes a second, and matplotlib
-
-            write_pictures(run.exp, images, labels, args.seed, run.log)
+        finish(run, images, labels)
 
 
 def loss(labels: PseudoLabels, net: torch.nn.Module, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -11,37 +11,63 @@ from util import UserError
 
 
 def lloyd(
-    x: np.ndarray, k: int, seed: int, niter: int = 20, device: torch.device | str = "cpu"
+    x: np.ndarray,
+    k: int,
+    seed: int,
+    niter: int = 20,
+    device: torch.device | str = "cpu",
+    *,
+    spherical: bool = False,
+    start: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, float, np.ndarray]:
     """k-means over processes, each of which keeps its own rows x (n_r, d) float32; ranks may hold none.
 
-    The start is Faiss's for the same seed. In an iteration each rank finds the nearest centroids of its rows,
-    and the sums and counts of all ranks give the next centroids; empty clusters are split off large ones by
-    Faiss's rule. Returns, the same on every rank, of all rows in the order of ranks: labels (N,) int64,
-    squared distances (N,) float32, the objective of the last iteration, centroids (k, d) float32. Memory of a
-    rank: its rows, the centroids, and labels and distances of all rows.
+    The start is Faiss's for the same seed, or `start` (k, d). In an iteration each rank finds the nearest
+    centroids of its rows, and the sums and counts of all ranks give the next centroids; empty clusters are
+    split off large ones by Faiss's rule. spherical: rows have norm 1, and so have centroids, which makes the
+    nearest one that of the largest cosine; a mean of norm 0 leaves its centroid where it was.
+
+    Returns, the same on every rank, of all rows in the order of ranks: labels (N,) int64, squared distances
+    (N,) float32, the objective of the last iteration, centroids (k, d) float32. Memory of a rank: its rows,
+    the centroids, and labels and distances of all rows.
     Raises UserError, on every rank, for k < 1, k > N and points that are not finite.
     """
     n, first = _check_points_of_all(x)
     if not 1 <= k <= n:
         raise UserError(f"cannot make {k} clusters of {n} images: k must lie between 1 and {n}")
-    centroids = _faiss_start(x, first, n, k, seed % 2**31)
+    centroids = _faiss_start(x, first, n, k, seed % 2**31) if start is None else start.astype(np.float32)
     objective = 0.0
     for _ in range(niter if k < n else 0):  # k = n: every point is a centroid already
         labels, distances = _assign_own(x, centroids, device)
-        sums = torch.zeros((k, x.shape[1]), dtype=torch.float64)
-        for rows in slices(len(x), x.shape[1]):
-            sums.index_add_(0, torch.from_numpy(labels[rows]), torch.from_numpy(x[rows]).double())
-        sizes = torch.from_numpy(np.bincount(labels, minlength=k))
-        total = torch.tensor([distances.sum(dtype=np.float64)])
-        for tensor in (sums, sizes, total):
-            distributed.all_reduce(tensor)
-        objective = total.item()
+        sums, sizes, objective = _sums_of_all(x, labels, distances, k)
         filled = sizes > 0
-        centroids[filled.numpy()] = (sums[filled] / sizes[filled, None]).float().numpy()
+        means = (sums[filled] / sizes[filled, None]).numpy()
+        centroids[filled.numpy()] = _on_sphere(means, centroids[filled.numpy()]) if spherical else means
         _split_clusters(centroids, sizes.numpy(), n)
+        if spherical:
+            centroids = _on_sphere(centroids, centroids)
     labels, distances = _assign_own(x, centroids, device)
     return distributed.all_gather_rows(labels), distributed.all_gather_rows(distances), objective, centroids
+
+
+def _sums_of_all(
+    x: np.ndarray, labels: np.ndarray, distances: np.ndarray, k: int
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Over the rows of all ranks: sums (k, d) float64 and sizes (k,) of the clusters, sum of distances."""
+    sums = torch.zeros((k, x.shape[1]), dtype=torch.float64)
+    for rows in slices(len(x), x.shape[1]):
+        sums.index_add_(0, torch.from_numpy(labels[rows]), torch.from_numpy(x[rows]).double())
+    sizes = torch.from_numpy(np.bincount(labels, minlength=k))
+    total = torch.tensor([distances.sum(dtype=np.float64)])
+    for tensor in (sums, sizes, total):
+        distributed.all_reduce(tensor)
+    return sums, sizes, total.item()
+
+
+def _on_sphere(rows: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+    """Rows divided by their norm; one of norm 0 is that of `otherwise`."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.where(norms > 0, rows / np.where(norms > 0, norms, 1), otherwise).astype(np.float32)
 
 
 def _check_points_of_all(x: np.ndarray) -> tuple[int, int]:

@@ -26,14 +26,19 @@ def central_crop(size: int) -> Transform:
     return functools.partial(_central_crop, size=size)
 
 
+def random_resized_crop(size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Transform:
+    """A random crop of a share of the area in `scale` and a width / height in `ratio`, flipped or not."""
+    return functools.partial(_random_crop, size=size, scale=scale, ratio=ratio)
+
+
 def train_crop(size: int) -> Transform:
     """The paper's view for training: a random crop of 8 to 100% of the area, resized, flipped or not."""
-    return functools.partial(_random_crop, size=size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    return random_resized_crop(size, (0.08, 1.0), (3 / 4, 4 / 3))
 
 
 def voc_train_crop(size: int) -> Transform:
     """Training view of VOC classification: a random square of 10 to 50% of the area, flipped or not."""
-    return functools.partial(_random_crop, size=size, scale=(0.1, 0.5), ratio=(1.0, 1.0))
+    return random_resized_crop(size, (0.1, 0.5), (1.0, 1.0))
 
 
 def probe_train_crop(size: int) -> Transform:

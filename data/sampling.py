@@ -50,6 +50,11 @@ def released_draws(labels: np.ndarray, total: int, seed: int) -> np.ndarray:
     return order[uniform_draws(labels, total, seed)]
 
 
+def shuffled(n: int, seed: int) -> np.ndarray:
+    """All of n images once, in an order of the seed's own; (n,) int64."""
+    return np.random.default_rng(seed).permutation(n)
+
+
 def _checked(labels: np.ndarray, total: int) -> np.ndarray:
     """`labels` as int64, or ValueError."""
     labels = np.asarray(labels, np.int64)
@@ -88,8 +93,10 @@ class DrawSampler(Sampler[tuple[int, int]]):
             yield position, int(self.draws[position])
 
 
-class ShareSampler(Sampler[list[tuple[int, int]]]):
-    """One rank's part of the global batches: lists of (position in the epoch, image index).
+class ShareSampler(Sampler[list[tuple[int, ...]]]):
+    """One rank's part of the global batches: lists of (position in the epoch, image index, ...).
+
+    draws: (T,) image indexes, or (T, ...) rows of an image index and what else a view is to be told.
 
     The draws are cut into global batches of `batch`, starting with the one numbered `first`; of each a rank
     takes consecutive rows, so that together the ranks do what one process does. A rank that has no row of the
@@ -109,8 +116,8 @@ class ShareSampler(Sampler[list[tuple[int, int]]]):
     def __len__(self) -> int:
         return sum(len(rows) > 0 for _, rows in self.shares())
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         for step, (_, rows) in enumerate(self.shares(), start=self.first):
             if rows:
                 positions = range(step * self.batch + rows.start, step * self.batch + rows.stop)
-                yield [(position, int(self.draws[position])) for position in positions]
+                yield [(position, *np.atleast_1d(self.draws[position]).tolist()) for position in positions]

@@ -8,11 +8,14 @@ of the network, under their own names, beside `sobel.0`, `sobel.1` and `top_laye
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.heads import Embedded, Normalise, Prototypes, build_prototypes, projection
 
 HEAD_STD = 0.01  # weights of the head and of every linear layer of AlexNet and VGG-16: N(0, 0.01), bias 0
 
@@ -67,6 +70,8 @@ class Network(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
         self.top_layer: nn.Linear | None = None
+        self.projection_head: nn.Module | None = None
+        self.prototypes: Prototypes | None = None
 
     def __str__(self) -> str:
         return f"{self.arch}{' with Sobel' if self.sobel is not None else ''}"
@@ -87,12 +92,26 @@ class Network(nn.Module):
         with torch.no_grad():
             head.weight.normal_(0.0, HEAD_STD, generator=generator)
             head.bias.zero_()
-        self.top_layer = head.to(device)
+        self.top_layer, self.projection_head, self.prototypes = head.to(device), None, None
+
+    def set_embedding(
+        self, hidden: int, dim: int, prototypes: int | Sequence[int] | None, seed: int | None = None
+    ) -> None:
+        """Put a projection head and prototypes in place: output -> embedding of norm 1 -> scores.
+
+        hidden: units of the head's inner layer, 0: a single linear layer; dim: numbers of an embedding;
+        prototypes: how many, a list for several sets of them, None for none.
+        """
+        device = next(self.body_parameters()).device
+        self.top_layer = None
+        self.projection_head = projection(self.feature_dim, hidden, dim, seed).to(device)
+        self.prototypes = None if prototypes is None else build_prototypes(dim, prototypes, seed).to(device)
 
     def body_parameters(self) -> Iterator[nn.Parameter]:
-        """Everything that trains, but the head."""
-        for name in self.names:
-            yield from (p for p in getattr(self, name).parameters() if p.requires_grad)
+        """Everything that trains, but the head of clusters or the prototypes."""
+        for name in [*self.names, "projection_head"]:
+            module = getattr(self, name)
+            yield from (p for p in module.parameters() if p.requires_grad) if module is not None else ()
 
     def parts(self) -> tuple[nn.ModuleList, nn.ModuleList]:
         """The convolutions, and what stands on them without the head: what VOC freezes, what it renews."""
@@ -105,6 +124,11 @@ class Network(nn.Module):
             yield "sobel", self.sobel
         for name in self.names:
             yield from self._leaves(name, getattr(self, name))
+        if self.projection_head is not None:
+            yield None, self.projection_head
+            yield "embedding", Normalise()
+        if self.prototypes is not None:
+            yield "scores", self.prototypes
         if self.top_layer is not None:
             yield "logits", self.top_layer
 
@@ -132,10 +156,20 @@ class Network(nn.Module):
                 return found
         raise KeyError(f"{self.arch} has no activation {sorted(missing)[0]!r}")
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalised images (B, 3, H, W) -> logits (B, k), or `output` where there is no head."""
-        last = "logits" if self.top_layer is not None else self.output
-        return self.activations(x, [last])[last]
+    def forward(self, x: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | Embedded:
+        """Normalised images (B, 3, H, W) -> logits (B, k), or `output` where there is no head.
+
+        Crops, a list of V tensors (B, 3, S_v, S_v) -> (embeddings (V * B, dim), scores (V * B, k) for each
+        set of prototypes), crop-major. Crops of one size that stand next to each other go through the
+        convolutions as one batch, all of them through the projection head.
+        """
+        if not isinstance(x, list):
+            last = "logits" if self.top_layer is not None else self.output
+            return self.activations(x, [last])[last]
+        sizes = groupby(x, key=lambda crops: crops.shape[-2:])
+        outputs = [self.activations(torch.cat(list(g)), [self.output])[self.output] for _, g in sizes]
+        z = Normalise()(self.projection_head(torch.cat(outputs)))
+        return z, self.prototypes(z) if self.prototypes is not None else []
 
     def folded(self) -> "Network":
         """A view of this net, which is in eval mode, in which convolutions carry their batch norm.
@@ -151,7 +185,8 @@ def _fold(module: nn.Module) -> nn.Module:
     children = {name: child if child is None else _fold(child) for name, child in module._modules.items()}
     before = None
     for name, child in children.items():
-        if isinstance(child, nn.BatchNorm2d) and isinstance(children.get(before), nn.Conv2d):
+        norm = isinstance(child, nn.modules.batchnorm._BatchNorm)
+        if norm and isinstance(children.get(before), nn.Conv2d):
             children[before] = fuse_conv_bn_eval(children[before], child)
             children[name] = nn.Identity()
         before = name

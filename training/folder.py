@@ -30,9 +30,15 @@ class Folder:
         make_folder(self.path / "checkpoints")
         return self.path / "checkpoints" / f"{self.last.name.split('.')[0]}_{n}.pth.tar"
 
+    def of_epoch(self, epoch: int) -> Path:
+        """The checkpoint that is kept after an epoch; its folder is there."""
+        make_folder(self.path / "checkpoints")
+        return self.path / "checkpoints" / f"ckp-{epoch}.pth.tar"
+
     def checkpoints(self) -> list[Path]:
         """The checkpoints that lie in the folder, the last one first."""
         kept = sorted(self.path.glob(f"checkpoints/{self.last.name.split('.')[0]}_*.pth.tar"))
+        kept += sorted(self.path.glob("checkpoints/ckp-*.pth.tar"))
         return [path for path in (self.last, *kept) if path.is_file()]
 
     def open(self) -> None:

@@ -39,3 +39,59 @@ def bottou(lr: float, weight_decay: float) -> Schedule:
 def halved(lr: float, every: int) -> Schedule:
     """lr, halved after every so many steps."""
     return lambda steps: lr * 0.5 ** (steps // every)
+
+
+def cosine(
+    base: float, final: float, epochs: int, warmup: int, start: float, steps_per_epoch: int
+) -> Schedule:
+    """Linear from start to base over the warm-up epochs, then a cosine to final: Caron et al., NeurIPS 2020.
+
+    Both ends of the warm-up belong to it: its last step has the rate base, and so has the first one of the
+    cosine, whose T steps are final + (base - final) / 2 * (1 + cos(pi t / T)), t from 0.
+    """
+    rising, falling = warmup * steps_per_epoch, (epochs - warmup) * steps_per_epoch
+
+    def rate(steps: int) -> float:
+        if steps < rising:
+            return start + (base - start) * steps / max(rising - 1, 1)
+        return final + (base - final) / 2 * (1 + math.cos(math.pi * (steps - rising) / max(falling, 1)))
+
+    return rate
+
+
+class LARC:
+    """Layer-wise adaptive rates around SGD: You, Gitman, Ginsburg, arXiv 1708.03888, as apex computes them.
+
+    Before the SGD step, for every parameter of norm above 0 whose gradient is not 0:
+    g <- (g + wd p) * trust * |p| / (|g| + wd |p| + eps); SGD then takes no decay of its own. Other gradients
+    stay as they are, without decay. Momentum runs on the scaled gradients. It can be handed to a GradScaler,
+    which unscales the gradients before the step.
+    """
+
+    def __init__(self, optimizer: torch.optim.SGD, trust: float = 0.001, eps: float = 1e-8) -> None:
+        self.optimizer, self.trust, self.eps = optimizer, trust, eps
+        self.decay = [group["weight_decay"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+        self.state_dict = optimizer.state_dict
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As `restore`."""
+        restore(self.optimizer, state)
+        self.param_groups = self.optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Scale the gradients, then one step of SGD."""
+        for group, decay in zip(self.optimizer.param_groups, self.decay):
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._scale(p, decay)
+        self.optimizer.step()
+
+    def _scale(self, p: torch.Tensor, decay: float) -> None:
+        weight, gradient = p.norm(), p.grad.norm()
+        local = self.trust * weight / (gradient + decay * weight + self.eps)
+        counts = (weight > 0) & (gradient > 0)  # without a branch: a GPU need not wait for the answer
+        p.grad.add_(p * torch.where(counts, decay, 0.0)).mul_(torch.where(counts, local, 1.0))

@@ -74,6 +74,7 @@ class Run:
         self.folder = Folder(self.exp, names[0])
         self._log_file, self.lines = (self.exp / name for name in names[1:])
         self.share, self.signals, self.parts = Share(), Signals(), Parts()
+        self.sync_bn = False
         self.epoch = getattr(args, "start_epoch", 0)
         self.position = self.iteration = 0
         self.record: dict[str, Any] = {"seconds": {}}
@@ -181,12 +182,16 @@ class Run:
             scaled=getattr(args, "scaled_decoding", False), workers=args.workers, enough=enough, log=self.log,
         )  # fmt: skip
 
-    def network(self, net: Network, init: str | None = None) -> Network:
-        """net on the device, over the ranks, compiled if asked for; init: a file to take its weights from."""
+    def network(self, net: Network, init: str | None = None, sync_bn: bool = False) -> Network:
+        """net on the device, over the ranks, compiled if asked for.
+
+        init: a file to take its weights from; sync_bn: batch norm over the batches of all ranks.
+        """
         if init:
             init_weights(net, init)
+        self.sync_bn = sync_bn
         if distributed.world_size() > 1:
-            share_among_ranks(net, self.share, self.args.sync_bn)
+            share_among_ranks(net, self.share, sync_bn)
         if getattr(self.args, "compile", False):
             net.compile()
         return net.to(self.device, memory_format=torch.channels_last)
@@ -254,6 +259,7 @@ class Run:
         *,
         schedule: Schedule | None = None,
         clip: float | None = None,
+        after_backward: Callable[[int], None] | None = None,
     ) -> None:
         """What is left of the epoch's pass over the images that draws (T, ...) names, a step a global batch.
 
@@ -265,9 +271,8 @@ class Run:
         loader = data.make_loader(view, self.batch, self.args.workers, self.device, batch_sampler=sampler)
         left, before = max(len(draws) - self.position * self.batch, 0), self.meter.count
         progress = Progress(left, f"epoch {self.epoch} training", log=self.log)
-        steps = Steps(
-            net, optimizers, loss, self.device, self.args.precision, self.scaler, schedule, clip
-        )  # fmt: skip
+        options = {"schedule": schedule, "clip": clip, "after_backward": after_backward}
+        steps = Steps(net, optimizers, loss, self.device, self.args.precision, self.scaler, **options)
         net.train()
         with self.signals.held():
             for total, batch in deal(loader, sampler, self.share):
@@ -278,13 +283,31 @@ class Run:
                 progress.update(total, f"loss {self.meter.avg:.4f}")
                 if stopped:
                     self._stop()
-        if not getattr(self.args, "sync_bn", True):
+        if not self.sync_bn:
             distributed.broadcast_tensors(
                 net.buffers()
             )  # the first rank's running statistics are the network's
         progress.close(f"loss {self.meter.avg:.4f}")
         self.record["seconds"]["train"] = progress.seconds
         self._count_images("train", self.meter.count - before, progress.seconds)
+
+    @torch.no_grad()
+    def look_pass(self, net: nn.Module, view: RandomView, draws: np.ndarray, see: Loss) -> None:
+        """Show the images that draws names to net as train_pass would, in train mode, without training.
+
+        see(net, views, indexes): its result is not used. No step is counted and no checkpoint written.
+        """
+        sampler = ShareSampler(draws, self.batch, 0, distributed.rank(), distributed.world_size())
+        view = view.at(self.args.seed, self.epoch)
+        loader = data.make_loader(view, self.batch, self.args.workers, self.device, batch_sampler=sampler)
+        progress = Progress(len(draws), f"epoch {self.epoch} first look", log=self.log)
+        net.train()
+        for total, batch in deal(loader, sampler, self.share):
+            torch.manual_seed(self.seed("look", progress.done))
+            with set_precision(self.args.precision, self.device):
+                see(net, data.to_input(batch.views, self.device), batch.index)
+            progress.update(total)
+        progress.close()
 
     def _count_images(self, what: str, number: int, seconds: float) -> None:
         rate = round(number / max(seconds, 1e-9), 1)
@@ -329,6 +352,9 @@ class Run:
             if distributed.is_main():
                 logs.append_line(self.lines, record)
             self.save(self.folder.last)
+            every = getattr(self.args, "checkpoint_freq", None)
+            if every and ((self.epoch - 1) % every == 0 or self.epoch == self.args.epochs):
+                self.save(self.folder.of_epoch(self.epoch - 1))
         if self.board is not None:
             logs.to_tensorboard(self.board, record)
         return record
@@ -349,10 +375,10 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Everything from which the run goes on exactly; `epoch` is the one to go on with."""
-        if not distributed.is_main():
-            return
-        with self.signals.held():
-            checkpoint.save(path, self.state())
+        state = self.state()  # on every rank: some parts are gathered from all
+        if distributed.is_main():
+            with self.signals.held():
+                checkpoint.save(path, state)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: the place, the parts, the settings."""

@@ -26,6 +26,7 @@ class Steps:
     """What the steps of a pass have in common.
 
     schedule: of the learning rate, None: as the optimisers have it. clip: largest norm of the gradient.
+    after_backward: called with the number of steps made before, once the gradients are there.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class Steps:
         scaler: torch.amp.GradScaler,
         schedule: Schedule | None = None,
         clip: float | None = None,
+        after_backward: Callable[[int], None] | None = None,
     ) -> None:
         self.net, self.optimizers, self.loss, self.device = across_ranks(net), optimizers, loss, device
         self.autocast = set_precision(precision, device)
         self.scaler, self.schedule, self.clip = scaler, schedule, clip
+        self.after_backward = after_backward
 
     def step(self, batch: Batch, total: int, iteration: int, stop: bool) -> tuple[float, bool]:
         """One step on this rank's rows of a global batch of `total`; `iteration` steps were made before.
@@ -60,6 +63,8 @@ class Steps:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss * distributed.world_size()).backward()  # gradients are averaged over ranks
+        if self.after_backward is not None:
+            self.after_backward(iteration)
         if self.clip is not None:
             self._clip(iteration)
         for optimizer in self.optimizers:

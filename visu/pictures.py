@@ -1,12 +1,20 @@
-"""What a run shows at its end: its report and the gallery of its clusters."""
+"""What a run shows at its end: where its files lie, its report, the gallery of its clusters."""
 
 from pathlib import Path
 
 from data import ImageList
 from training.labels import PseudoLabels
+from training.run import Run
 from util import Log, UserError
 from visu.clusters import write_gallery
 from visu.report import write_report
+
+
+def finish(run: Run, images: ImageList, labels: PseudoLabels) -> None:
+    """Say where the weights are and, without --no-report, write the pictures."""
+    run.log(f"done: {run.epoch} epochs. Weights: {run.folder.last}  log: {run.lines}")
+    if run.is_main and not run.args.no_report:
+        write_pictures(run.exp, images, labels, run.args.seed, run.log)
 
 
 def write_pictures(exp: Path, images: ImageList, labels: PseudoLabels, seed: int, log: Log) -> None:

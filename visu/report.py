@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import logbook
+from training import logs
 
 from util import Log, UserError, atomic_write, run_main
 from visu.pages import printable, read_config
@@ -99,7 +99,7 @@ def read_records(exp: str | Path) -> list[dict[str, Any]]:
         raise UserError(
             f"{path} is missing: {exp} is not the folder of a run, or its first epoch is not over"
         )
-    records = logbook.read_lines(path)
+    records = logs.read_lines(path)
     if not records:
         raise UserError(f"{path}: no epoch is complete yet")
     return records

@@ -1,0 +1,151 @@
+"""What SwAV and DeepCluster-v2 have in common around their losses: settings, images, network, optimiser."""
+
+import argparse
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+import clustering
+import distributed
+import models
+from algorithms.nearest import assign
+from commandline import OLD_FLAGS
+from data import ImageList, PlainView, RandomView, central_crop
+from data.multicrop import Colours, MultiCrop
+from features import ToPoints
+from models.heads import Prototypes
+from models.network import Network
+from training.announce import announce
+from training.labels import PseudoLabels
+from training.optim import LARC, Schedule, cosine, sgd
+from training.run import Run
+from util import Log, UserError
+
+FIXED = (
+    "arch", "sobel", "nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops", "crops_for_assign",
+    "temperature", "feat_dim", "hidden_mlp", "batch_size", "base_lr", "final_lr", "warmup_epochs",
+    "start_warmup", "freeze_prototypes_niters", "seed", "scaled_decoding", "jitter_strength", "blur", "larc",
+)  # fmt: skip
+
+
+def open_run(run: Run, prototypes: int | list[int]) -> tuple[ImageList, Network, RandomView]:
+    """The images, the network with its projection head and prototypes, and the view of several crops."""
+    args = run.args
+    check_crops(args)
+    for flag in OLD_FLAGS:
+        if getattr(args, flag.removeprefix("--")) is not None:
+            run.log(f"note: {flag} changes nothing: the launcher's environment, and this program, decide")
+    images = run.open_images()
+    if len(images) < run.batch:
+        raise UserError(
+            f"--batch_size {args.batch_size}: a global batch of {run.batch} is more than the {len(images)} "
+            f"images of {images.name}, no step would be made; give less"
+        )
+    net = models.build(args.arch, args.sobel, seed=run.seed("weights"))
+    net.set_embedding(args.hidden_mlp, args.feat_dim, prototypes, run.seed("head"))
+    net = run.network(net, args.init, args.sync_bn != "none")
+    colours = Colours(strength=args.jitter_strength, blur=args.blur)
+    crops = MultiCrop(args.nmb_crops, args.size_crops, args.min_scale_crops, args.max_scale_crops, colours)
+    sizes = " + ".join(f"{n} x {size}" for n, size in zip(args.nmb_crops, args.size_crops))
+    what = (
+        f"{net}, crops {sizes} px, prototypes {prototypes}, global batch {run.batch}, "
+        f"{len(images) // run.batch} steps an epoch, epochs {run.epoch} to {args.epochs}"
+    )
+    announce(run.exp, images, what, args, run.device, run.log)
+    return images, net, RandomView(images, crops)
+
+
+def check_crops(args: argparse.Namespace) -> None:
+    """Refuse lists of crops that do not fit each other."""
+    lists = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
+    counts = {name: len(getattr(args, name)) for name in lists}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"--{name} {count}" for name, count in counts.items())
+        raise UserError(f"the lists of crops need one entry a group each; they have {found}")
+    for low, high in zip(args.min_scale_crops, args.max_scale_crops):
+        if low > high:
+            raise UserError(f"--min_scale_crops {low}: larger than --max_scale_crops {high}")
+    number = sum(args.nmb_crops)
+    if number < 2:
+        raise UserError(f"--nmb_crops {number}: at least two crops, of which one predicts the other")
+    for v in args.crops_for_assign:
+        if v >= number:
+            raise UserError(f"--crops_for_assign {v}: there are {number} crops, counted from 0")
+
+
+def optimizer_and_schedule(
+    args: argparse.Namespace, net: Network, steps: int
+) -> tuple[LARC | torch.optim.SGD, Schedule]:
+    """LARC around SGD with momentum 0.9, or SGD alone, over everything that trains; the cosine with warm-up.
+
+    The prototypes are a group of their own, as they may be frozen at first (torch's fused SGD wants momentum
+    for all of a group or for none).
+    """
+    optimizer = sgd(net.body_parameters(), args.base_lr, 0.9, args.wd)
+    prototypes = [p for p in net.prototypes.parameters() if p.requires_grad]
+    if prototypes:
+        optimizer.add_param_group({"params": prototypes})
+    schedule = cosine(args.base_lr, args.final_lr, args.epochs, args.warmup_epochs, args.start_warmup, steps)
+    return (LARC(optimizer) if args.larc else optimizer), schedule
+
+
+def freeze_prototypes(prototypes: Prototypes, niters: int, iteration: int) -> None:
+    """While the iteration is below niters prototypes have no gradient: no update, no decay, no momentum."""
+    if iteration < niters:
+        for weight in prototypes.sets():
+            weight.grad = None
+
+
+class PrototypeUse:
+    """How the crops that give codes spread over the prototypes, in an epoch; a part of a run.
+
+    Counts the prototype of the largest score. Tells of a collapse before hours are lost.
+    """
+
+    def __init__(self, prototypes: int, log: Log) -> None:
+        self._counts = torch.zeros(prototypes, dtype=torch.int64)
+        self._log = log
+
+    def see(self, scores: torch.Tensor) -> None:
+        """Scores (B, k) of a crop of this rank's images."""
+        found = scores.detach().argmax(dim=1).cpu()
+        self._counts += torch.bincount(found, minlength=len(self._counts))
+
+    def finish(self) -> dict[str, Any]:
+        """Of the epoch, the same on every rank: largest share, effective number (exp of the entropy)."""
+        counts = distributed.all_reduce(self._counts.clone()).double()
+        self._counts.zero_()
+        shares = counts[counts > 0] / counts.sum()
+        figures = {
+            "largest_prototype": shares.max().item(),
+            "effective_prototypes": math.exp(-(shares * shares.log()).sum().item()),
+        }
+        if figures["largest_prototype"] > 0.5:
+            self._log(
+                f"warning: collapse, one prototype has {figures['largest_prototype']:.0%} of the images; try "
+                "--epsilon 0.03, prototypes frozen longer (--freeze_prototypes_niters), fewer of them, "
+                "or fewer or softer crops"
+            )
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of all ranks: call it on every one."""
+        return {"counts": distributed.all_reduce(self._counts.clone())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._counts = state["counts"].clone() if distributed.is_main() else torch.zeros_like(self._counts)
+
+
+def assign_to_prototypes(run: Run, images: ImageList, net: Network, labels: PseudoLabels, size: int) -> None:
+    """Each image's nearest prototype, by its central crop in eval mode, as the labels of the finished run."""
+    z = run.feature_pass(net, PlainView(images, central_crop(size)), "embedding")  # (n_r, D)
+    net.prototypes.normalise()
+    found = []
+    for weight in net.prototypes.sets():
+        centroids = weight.detach().cpu().numpy()
+        own = assign(z, centroids, run.device) if len(z) else (np.zeros(0, np.int64), np.zeros(0, np.float32))
+        of, far = (distributed.all_gather_rows(array) for array in own)
+        found.append(clustering.Assignment(of, len(centroids), float(far.sum()), far, centroids))
+    labels.take(run.epoch, *found, net=net, layer="embedding", to_points=ToPoints(None, l2=True))
