@@ -25,7 +25,7 @@ from algorithms.lloyd import lloyd
 from algorithms.nearest import assign, check_points, on_gpu
 from algorithms.pca import PCAWhitening, fit_pca, normalise_rows
 from algorithms.pic import centroids_of, nearest_neighbours, pic_labels
-from util import UserError
+from util import UserError, derive_seed
 
 KMEANS_ITERATIONS = 20
 Device = torch.device | str
@@ -39,6 +39,8 @@ class Assignment:
     objective: what the clustering reports as its loss; distances (N,) float32, squared L2 to the row's own
     centroid; centroids (num_clusters, d) float32. points: None where a new row belongs to the nearest
     centroid; where it belongs to the cluster of the nearest row, all rows (N, d), on the first rank.
+    coarse: None, or for clusters of two levels the centroids (M, d) of the first: cluster c belongs to
+    super-cluster c // (num_clusters / M), and a new row to the nearest cluster in the nearest one of those.
     """
 
     labels: np.ndarray
@@ -47,6 +49,7 @@ class Assignment:
     distances: np.ndarray
     centroids: np.ndarray
     points: np.ndarray | None = None
+    coarse: np.ndarray | None = None
 
     def sizes(self) -> np.ndarray:
         """How many rows each cluster has, (num_clusters,) int64."""
@@ -67,12 +70,16 @@ class Assignment:
         arrays = {
             name: torch.from_numpy(getattr(self, name)) for name in ("labels", "distances", "centroids")
         }
+        if self.coarse is not None:
+            arrays["coarse"] = torch.from_numpy(self.coarse)
         return arrays | {"num_clusters": self.num_clusters, "objective": self.objective}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Assignment":
         """The inverse of `state_dict`."""
         arrays = {name: state[name].cpu().numpy() for name in ("labels", "distances", "centroids")}
+        if state.get("coarse") is not None:
+            arrays["coarse"] = state["coarse"].cpu().numpy()
         return cls(num_clusters=state["num_clusters"], objective=state["objective"], **arrays)
 
 
@@ -105,8 +112,8 @@ def kmeans(
 
     By Faiss, on the first rank and all its GPUs, which takes all rows there; with `ranks`, or `spherical`
     (rows and centroids of norm 1), by Lloyd's iterations over the ranks, each of which keeps its rows.
-    Labels and distances come from one more search after the last iteration; `objective` is the sum of squared distances at the last iteration. Empty
-    clusters are re-seeded by splitting a large one (Faiss's rule); with fewer distinct points than k some
+    Labels and distances come from one more search after the last iteration; `objective` is the sum of squared
+    distances at the last iteration. Empty clusters are re-seeded by splitting a large one (Faiss's rule); with fewer distinct points than k some
     stay empty. On the CPU two runs give the same bits.
     Raises UserError for k < 1, k > N and points that are not finite.
     """
@@ -114,6 +121,36 @@ def kmeans(
         labels, distances, objective, centroids = lloyd(x, k, seed, niter, device, spherical=spherical)
         return Assignment(labels, k, objective, distances, centroids)
     return _on_all_points(_faiss_kmeans, x, k, seed, niter, device)[0]
+
+
+def kmeans_two_level(
+    x: np.ndarray, coarse: int, fine: int, seed: int, *, niter: int = 10, device: Device = "cpu"
+) -> Assignment:
+    """k-means into `coarse` super-clusters, and of the rows of each into `fine` clusters; over all ranks.
+
+    Caron et al., ICCV 2019, section 3.2. Cluster c * fine + z is the z-th of super-cluster c. One that has
+    fewer rows than `fine` makes that many clusters, the other ids stay empty. Each rank keeps its own rows;
+    the super-clusters follow one another, so that no process holds more than one's centroids and sums beside
+    them. Bit for bit `kmeans` of the rows and of each part, for the seeds ("coarse"), ("fine", c) derived.
+    """
+    ranks = distributed.world_size() > 1
+    options = {"niter": niter, "ranks": ranks, "device": device}
+    first = kmeans(x, coarse, derive_seed(seed, "coarse"), **options)
+    n, d = len(first.labels), x.shape[1]
+    begin = sum(distributed.gather_objects(len(x))[: distributed.rank()])
+    own = first.labels[begin : begin + len(x)]
+    labels, distances = np.empty(n, np.int64), np.empty(n, np.float32)
+    centroids, objective = np.zeros((coarse * fine, d), np.float32), 0.0
+    for c, size in enumerate(first.sizes().tolist()):
+        if size == 0:
+            continue
+        k = min(fine, size)
+        part = kmeans(x[own == c], k, derive_seed(seed, "fine", c), **options)
+        rows = first.labels == c
+        labels[rows], distances[rows] = c * fine + part.labels, part.distances
+        centroids[c * fine : c * fine + k] = part.centroids
+        objective += part.objective
+    return Assignment(labels, coarse * fine, objective, distances, centroids, coarse=first.centroids)
 
 
 def pic(

@@ -112,7 +112,6 @@ if __name__ == "__main__":
     ARGS = get_parser().parse_args()  # before the imports that take seconds
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -120,7 +119,7 @@ from torch.nn import functional as F
 import clustering
 import models
 from clustering import CLUSTERINGS, FINDS_K
-from data import CropCache, ImageList, PlainView, RandomView, central_crop, train_crop
+from data import ImageList, PlainView, RandomView, central_crop, open_cache, train_crop
 from data.sampling import SAMPLERS
 from features import ToPoints
 from training.announce import announce
@@ -160,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
         what = f"{net} at {args.image_size} px, {args.clustering}{k}, {args.sampling} sampling"
         announce(run.exp, images, what, args, run.device, run.log)
 
-        cache = CropCache(Path(args.crop_cache), images, args.image_size) if args.crop_cache else None
+        cache = open_cache(args.crop_cache, images, args.image_size)
         plain = PlainView(images, central_crop(args.image_size), cache)
         random = RandomView(images, train_crop(args.image_size))
         for epoch in run.epochs(args.epochs):

@@ -1,6 +1,6 @@
 """From image files to batches: any source -> a list of images -> decoded pixels -> crops -> views."""
 
-from data.cache import CropCache
+from data.cache import CropCache, open_cache
 from data.crops import Transform, central_crop, probe_train_crop, ten_crops, train_crop, voc_train_crop
 from data.decode import EXTENSIONS, FORMATS, ImageError, decode_file
 from data.images import ImageList, PackedPaths, classes_of, list_images
@@ -24,12 +24,13 @@ from data.views import (
     normalise,
     seeded,
     to_input,
+    turned,
 )
 
 __all__ = [
     "EXTENSIONS", "FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "Batch", "CropCache", "ImageError", "ImageList",
     "PackedPaths", "PlainView", "RandomView", "Transform", "broken_reason", "cannot_decode", "central_crop",
     "check_headers", "classes_of", "decode_file", "init_worker", "leave_out", "list_images", "list_source",
-    "make_loader", "normalise", "open_images", "probe_train_crop", "reasons", "seeded", "ten_crops",
-    "to_input", "train_crop", "voc_train_crop",
+    "make_loader", "normalise", "open_cache", "open_images", "probe_train_crop", "reasons", "seeded",
+    "ten_crops", "to_input", "train_crop", "turned", "voc_train_crop",
 ]  # fmt: skip

@@ -129,6 +129,11 @@ class CropCache:
             beside.unlink(missing_ok=True)
 
 
+def open_cache(folder: str | None, images: ImageList, size: int) -> CropCache | None:
+    """The cache in the folder that --crop-cache names, if it does."""
+    return CropCache(Path(folder), images, size) if folder else None
+
+
 def _row_bytes(size: int) -> int:
     """Bytes of a crop, in whole words of 8."""
     return -(-size * size * 3 // 8) * 8

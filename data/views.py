@@ -9,7 +9,7 @@ Items are uint8 and carry the index of their image; `to_input` is what the netwo
 import os
 import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -71,11 +71,13 @@ class RandomView(Dataset):
     """Item (position, i, ...): (random view of image i, i, ...), as `at(seed, epoch)` draws it.
 
     transform draws from torch's generator, which is seeded by (seed, epoch, position in the epoch): nothing
-    depends on workers, order or history. Raises ImageError for an image that cannot be decoded.
+    depends on workers, order or history. then(view, ...) is told what else a draw
+    holds. Raises ImageError for an image that cannot be decoded.
     """
 
     images: ImageList
     transform: Transform
+    then: Callable[..., torch.Tensor] | None = None
     seed: int = 0
     epoch: int = 0
 
@@ -96,9 +98,15 @@ class RandomView(Dataset):
         with torch.inference_mode():  # torch prepares nothing for gradients
             return [(self.view(seed, *rest), *rest) for seed, (_, *rest) in zip(seeds, items)]
 
-    def view(self, seed: int, i: int) -> Views:
+    def view(self, seed: int, i: int, *more: int) -> Views:
         """The view of image i that this seed gives."""
-        return seeded(self.transform, self.images.decode(i), seed)
+        found = seeded(self.transform, self.images.decode(i), seed)
+        return found if self.then is None else self.then(found, *more)
+
+
+def turned(view: torch.Tensor, turns: int) -> torch.Tensor:
+    """The view (3, S, S) turned counter-clockwise by so many quarters, exactly."""
+    return torch.rot90(view, turns, (-2, -1))
 
 
 def seeded(transform: Transform, image: torch.Tensor, seed: int) -> Views:

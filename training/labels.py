@@ -66,15 +66,19 @@ class PseudoLabels:
 
     # -- a new clustering
 
+    def set(self, epoch: int, *found: Assignment) -> None:
+        """These are the labels from `epoch` on."""
+        before = self.assignments
+        self.epoch, self.assignments = epoch, list(found)
+        self._tensors = [torch.from_numpy(a.labels) for a in found]
+        self._figures = self._describe(before)
+
     def take(self, epoch: int, *found: Assignment, net: Network, layer: str, to_points: ToPoints) -> None:
         """These are the labels from `epoch` on; writes them, and what assigning other images takes.
 
         net: as it was clustered: the training that follows changes it. layer, to_points: what of it was.
         """
-        before = self.assignments
-        self.epoch, self.assignments = epoch, list(found)
-        self._tensors = [torch.from_numpy(a.labels) for a in found]
-        self._figures = self._describe(before)
+        self.set(epoch, *found)
         if distributed.is_main():
             if self._clusters is None:
                 self._clusters = ClusterLog(self.exp / "clusters")
@@ -158,7 +162,7 @@ class PseudoLabels:
         if any(len(a.labels) != len(self.images) for a in self.assignments):
             raise ValueError(f"labels of another number of images than {len(self.images)}")
         self._tensors = [torch.from_numpy(a.labels) for a in self.assignments]
-        if self.assignments:
+        if state["clusters_size"]:
             distributed.on_main(self._restore_files, state["clusters_size"])
 
     def _restore_files(self, clusters_size: int) -> None:
