@@ -11,6 +11,7 @@ from util import UserError
 ARCHITECTURES: dict[str, Callable[..., Network]] = {
     "alexnet": alexnet.build,
     "vgg16": vgg16.build,
+    "vgg16wide": partial(vgg16.build, wide=True),
     "resnet18": resnet.resnet18,
     "resnet18s": partial(resnet.resnet18, small=True),
     "resnet50": resnet.resnet50,

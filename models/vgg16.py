@@ -1,4 +1,4 @@
-"""VGG-16, configuration D, with batch normalisation."""
+"""VGG-16, configuration D, with batch normalisation; and DeeperCluster's geometry of it."""
 
 from torch import nn
 
@@ -10,8 +10,12 @@ UNITS = 4096
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
-def build(sobel: bool = False, seed: int | None = None) -> Network:
-    """VGG-16: five blocks of 3x3 convolutions, a 2/2 max pool after each; dropout between the linears."""
+def build(sobel: bool = False, seed: int | None = None, wide: bool = False) -> Network:
+    """VGG-16: five blocks of 3x3 convolutions, a 2/2 max pool after each; dropout between the linears.
+
+    wide: the image is padded by 2 in front of all, so that maps are 226 x 226 and smaller: the geometry in
+    which DeeperCluster's networks were trained, whose Sobel and first convolution fold into one exactly.
+    """
     features: list[nn.Module] = []
     channels = 2 if sobel else 3
     for block in BLOCKS:
@@ -26,4 +30,9 @@ def build(sobel: bool = False, seed: int | None = None) -> Network:
         nn.Linear(UNITS, UNITS),
         nn.ReLU(),
     ]
-    return flat("vgg16", features, classifier, MAP_SIZE, sobel, seed)
+    net = flat("vgg16wide" if wide else "vgg16", features, classifier, MAP_SIZE, sobel, seed)
+    if wide and sobel:
+        net.sobel[0].padding, net.sobel[1].padding = (2, 2), (0, 0)
+    elif wide:
+        net.features[0].padding = (2, 2)
+    return net

@@ -16,12 +16,20 @@ import models
 from models.network import Network
 from util import UserError, derive_seed
 
-HEADS = ("top_layer.",)  # parameters of what stands on a network: not part of it where only it is wanted
+HEADS = ("top_layer.", "prototypes.")  # not part of a network where only that is wanted
+OTHER_NAMES = {"body.": "", "pred_layer.": "top_layer.", "fc.": "top_layer."}  # of DeeperCluster, torchvision
 
 
 def clean_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Parameter names without DataParallel's `module.` at whatever level it stands."""
-    return {re.sub(r"(^|\.)module\.", r"\1", name): value for name, value in state_dict.items()}
+    """Our names of parameters: without DataParallel's `module.` at whatever level it stands, and the like."""
+    clean = {}
+    for name, value in state_dict.items():
+        name = re.sub(r"(^|\.)module\.", r"\1", name)
+        for other, ours in OTHER_NAMES.items():
+            if name.startswith(other):
+                name = ours + name.removeprefix(other)
+        clean[name] = value
+    return clean
 
 
 def model_weights(state: dict[str, Any], path: str | Path) -> tuple[str, dict[str, torch.Tensor]]:
@@ -35,9 +43,12 @@ def model_weights(state: dict[str, Any], path: str | Path) -> tuple[str, dict[st
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
     ):
         raise UserError(f"{path}: no state_dict of tensors in this file")
+    wide = any(name.removeprefix("module.").startswith("body.") for name in weights)
     weights = clean_keys(weights)
     word = state.get("arch")
     arch = word if isinstance(word, str) and word in models.ARCHITECTURES else guess_arch(weights)
+    if arch == "vgg16" and wide:
+        arch = "vgg16wide"
     if arch is None:
         raise UserError(
             f"{path}: not a network of this repository (neither features.0.weight of AlexNet and VGG-16 nor "
@@ -66,15 +77,36 @@ def build_from(state: dict[str, Any], path: str | Path) -> Network:
     """
     arch, weights = model_weights(state, path)
     head = weights.get("top_layer.bias")
-    net = models.build(arch, "sobel.0.weight" in weights, None if head is None else head.numel(), seed=0)
+    net = models.build(arch, has_sobel(weights), None if head is None else head.numel(), seed=0)
+    if any(name.startswith("projection_head.") for name in weights):
+        net.set_embedding(*embedding_of(weights), seed=0)
     load_weights(net, weights, path)
     return net.eval()
 
 
+def has_sobel(weights: dict[str, torch.Tensor]) -> bool:
+    """Whether Sobel stands in front: its parameters, or two input channels of the first convolution, tell."""
+    first = next((weights[name] for name in ("features.0.weight", "conv1.weight") if name in weights), None)
+    return "sobel.0.weight" in weights or (first is not None and first.ndim == 4 and first.shape[1] == 2)
+
+
+def embedding_of(weights: dict[str, torch.Tensor]) -> tuple[int, int, int | list[int] | None]:
+    """(units of the projection head, numbers of an embedding, prototypes or None) of these parameters."""
+    if "projection_head.weight" in weights:
+        hidden, dim = 0, len(weights["projection_head.weight"])
+    else:
+        hidden, dim = len(weights["projection_head.0.weight"]), len(weights["projection_head.3.weight"])
+    if "prototypes.weight" in weights:
+        return hidden, dim, len(weights["prototypes.weight"])
+    sets = [name for name in weights if re.fullmatch(r"prototypes\.prototypes\d+\.weight", name)]
+    return hidden, dim, [len(weights[f"prototypes.prototypes{h}.weight"]) for h in range(len(sets))] or None
+
+
 def load_weights(net: Network, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Copy weights into net; everything must fit, except `num_batches_tracked`, which old files lack."""
+    """Copy weights into net; everything must fit, except that `num_batches_tracked` and Sobel may lack."""
     own = net.state_dict()
-    missing = [name for name in own if name not in weights and not name.endswith("num_batches_tracked")]
+    fixed = ("num_batches_tracked", *(name for name in own if name.startswith("sobel.")))
+    missing = [name for name in own if name not in weights and not name.endswith(fixed)]
     extra = [name for name in weights if name not in own]
     if missing or extra:
         what = f"lacks {missing[0]}" if missing else f"has an unknown {extra[0]}"
@@ -122,15 +154,16 @@ def init_weights(net: Network, path: str | Path) -> None:
     Raises UserError when the file's arch or Sobel is not net's.
     """
     arch, weights = model_weights(checkpoint.read(path), path)
-    sobel = "sobel.0.weight" in weights
+    sobel = has_sobel(weights)
     if arch != net.arch or sobel != (net.sobel is not None):
         raise UserError(
             f"--init {path}: holds {arch} {'with' if sobel else 'without'} Sobel, the run is {net.arch} "
             f"{'with' if net.sobel is not None else 'without'} Sobel; change --arch or --sobel"
         )
-    heads = {name: value for name, value in net.state_dict().items() if name.startswith(HEADS)}
-    body = {name: value for name, value in weights.items() if not name.startswith(HEADS)}
-    load_weights(net, body | heads, path)
+    heads = (*HEADS, "projection_head.")
+    own = {name: value for name, value in net.state_dict().items() if name.startswith(heads)}
+    body = {name: value for name, value in weights.items() if not name.startswith(heads)}
+    load_weights(net, body | own, path)
 
 
 def body_state(net: Network) -> dict[str, torch.Tensor]:

@@ -110,3 +110,16 @@ def draws_of_members(members: list[list[int]], total: int, seed: int) -> np.ndar
         draws = np.concatenate((draws, part))
     rng.shuffle(draws)
     return draws[:total]
+
+
+def sinkhorn(scores: np.ndarray, epsilon: float, niter: int) -> np.ndarray:
+    """Codes (B, k) of scores (B, k), entry by entry: prototypes first, samples last."""
+    samples, prototypes = scores.shape
+    q = np.exp((scores - scores.max()) / epsilon)
+    q /= q.sum()
+    for _ in range(niter):
+        for j in range(prototypes):
+            q[:, j] /= q[:, j].sum() * prototypes
+        for i in range(samples):
+            q[i] /= q[i].sum() * samples
+    return q * samples
