@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# SwAV, ResNet-50 5 times as wide, 400 epochs: ImageNet linear top-1 78.5 (published, not measured here).
+# 128 GPUs of 12 images, global batch 1536; SLURM limit 72 h.
+# Figures: the authors' README (facebookresearch/swav); which cards is not said there.
+#
+#     DIR=/data/imagenet/train EXP=runs/w5 recipes/swav_RN50w5_400ep.sh [flags of main_swav.py]
+set -euo pipefail
+
+# shellcheck source=common.sh
+. "$(dirname "$0")/common.sh"
+recipe main_swav.py \
+    --arch resnet50w5 --hidden_mlp 10240 --nmb_prototypes 3000 --epsilon 0.05 --use_fp16 true \
+    --nmb_crops 2 4 --size_crops 224 96 \
+    --min_scale_crops 0.14 0.05 --max_scale_crops 1 0.14 \
+    --batch_size 12 --base_lr 4.8 --final_lr 0 --warmup_epochs 10 --start_warmup 0.1875 \
+    --epochs 400 --freeze_prototypes_niters 313 \
+    --queue_length 1536 --epoch_queue_starts 0 \
+    "$@"
