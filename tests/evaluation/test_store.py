@@ -209,5 +209,5 @@ def test_damage_of_a_finished_file_is_refused(tmp_path, change):
     path.write_bytes(new)
     if change == "index":
         index.write_text(index.read_text().replace('"a"', '"c"'))
-    with pytest.raises(UserError, match="damaged, .*; remove it"):
+    with pytest.raises(UserError, match=r"damaged, .*; remove it"):
         store.load(path, index, "remove it")
