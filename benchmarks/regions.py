@@ -10,9 +10,9 @@ what the network hands out (the copy that it takes is not counted). The two desc
 rounding, or the script fails.
 """
 
-import argparse
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,21 +20,17 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rmac import PCA_DIM, Whitening, pool_regions, region_descriptors, regions, rmac
+from commandline import Parser, at_least
+from evaluation.rmac import PCA_DIM, Whitening, pool_regions, region_descriptors, regions, rmac
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--channels", type=int, default=512, help="default: %(default)s")
-    parser.add_argument(
-        "--size", type=int, nargs=2, default=[48, 64], metavar=("H", "W"), help="default: 48 64"
-    )
-    parser.add_argument("--levels", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=20, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+def get_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--channels", type=at_least(1), default=512)
+    parser.add_argument("--size", type=at_least(1), nargs=2, default=[48, 64], metavar=("H", "W"))
+    parser.add_argument("--levels", type=at_least(1), default=3)
+    parser.add_argument("--rounds", type=at_least(1), default=20)
+    parser.add_argument("--device", default="cpu")
     return parser
 
 
@@ -65,7 +61,7 @@ def taken(call: Callable[[], torch.Tensor], device: torch.device) -> float:
 
 
 @torch.inference_mode()
-def main(args: argparse.Namespace) -> None:
+def main(args: Namespace) -> None:
     """Time both and print the table."""
     device, generator = torch.device(args.device), torch.Generator().manual_seed(0)
     maps = torch.rand(1, args.channels, *args.size, generator=generator).to(device)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -49,6 +48,8 @@ class PlainView(Dataset):
     """
 
     def __init__(self, images: ImageList, transform: Transform, cache: CropCache | None = None):
+        if cache is not None and len(cache) != len(images):
+            raise ValueError(f"a crop cache of {len(cache)} images does not fit {len(images)}")
         self.images, self.transform, self.cache = images, transform, cache
 
     def __len__(self) -> int:
@@ -157,8 +158,8 @@ def collate(items: list[tuple]) -> Batch:
         stacked: Views = [_stack(list(group)) for group in zip(*views)]
     else:
         stacked = _stack(views)
-    columns = np.array([item[1:] for item in items], dtype=np.int64).reshape(len(items), -1)
-    index, *more = torch.from_numpy(columns).unbind(1) if len(items) else [torch.zeros(0, dtype=torch.int64)]
+    columns = [torch.tensor(column, dtype=torch.int64) for column in zip(*(item[1:] for item in items))]
+    index, *more = columns or [torch.zeros(0, dtype=torch.int64)]
     return Batch(stacked, index, broken, tuple(more))
 
 

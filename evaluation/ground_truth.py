@@ -1,16 +1,14 @@
 """Ground truth of Oxford5k and Paris6k: the images, the queries with their boxes, the right answers.
 
 As published with the data sets: `list_database` lists CITY/jpg and `read_queries` reads CITY/lab;
-`read_revisited` reads the pickle of the revisited protocol (Radenovic et al., CVPR 2018) without running it.
+`revisited_truth` takes the content of a pickle of the revisited protocol (Radenovic et al., CVPR 2018).
 """
 
-import pickle
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import safe_pickle
 
 import data
 from util import UserError
@@ -27,13 +25,16 @@ CORRUPT = frozenset(
 )  # fmt: skip
 
 
+Box = tuple[float, float, float, float]  # x min, y min, x max, y max in pixels of the file
+
+
 @dataclass(frozen=True)
 class Query:
     """image: name of the image the box is cut from; lists: 'ok', 'good', 'junk' (or 'easy', ...) -> names."""
 
     name: str
     image: str
-    box: tuple[float, float, float, float]
+    box: Box
     lists: dict[str, list[str]]
 
 
@@ -73,11 +74,9 @@ def _read_query(file: Path, known: set[str]) -> Query:
     name = file.name.removesuffix("_query.txt")
     words = _words(file)
     try:
-        image, box = words[0].removeprefix("oxc1_"), tuple(float(word) for word in words[1:])
+        image, box = words[0].removeprefix("oxc1_"), _box(words[1:])
     except (IndexError, ValueError):
-        box = ()
-    if len(box) != 4:
-        raise UserError(f"{file}: expected one line: image name, x min, y min, x max, y max")
+        raise UserError(f"{file}: expected one line: image name, x min, y min, x max, y max") from None
     lists = {}
     for kind in ("ok", "good", "junk"):
         path = file.with_name(f"{name}_{kind}.txt")
@@ -106,31 +105,25 @@ def check_known(source: Path, names: Iterable[str], known: set[str]) -> None:
             raise UserError(f"{source}: lists the image {name}, which is absent from jpg/")
 
 
-# -------------------------------------------------------------------------------- ground truth, revisited
+# ---------------------------------------------------------------------------------------- revisited
 
 
-def read_revisited(path: Path, known: Iterable[str]) -> tuple[list[str], list[Query]]:
-    """The database (names) and queries of a gnd_r<city>.pkl of Radenovic et al., CVPR 2018.
+def revisited_truth(path: str | Path, content: Any, known: Iterable[str]) -> tuple[list[str], list[Query]]:
+    """The names of the database, and the queries, of the revisited protocol.
 
-    It holds 'imlist' and 'qimlist' (names) and 'gnd', for each query a dict of 'bbx' and of 'easy', 'hard'
-    and 'junk', which are indexes into imlist. Raises UserError for a missing file, one that is anything else
-    than such plain data, and for a listed image that is absent.
+    content: what formats.safe_pickle found in the file `path`. known: the images of the database in jpg/.
+    Raises UserError for anything else than such a ground truth, and for a listed image that is absent.
     """
     try:
-        with open(path, "rb") as file:
-            content = safe_pickle.PlainUnpickler(file, encoding="latin1").load()
-        names, query_names = ([str(name) for name in content[key]] for key in ("imlist", "qimlist"))
+        names, query_names = (_names(content[key]) for key in ("imlist", "qimlist"))
         queries = [
             _revisited_query(name, truth, names)
             for name, truth in zip(query_names, content["gnd"], strict=True)
         ]
-    except OSError as error:
-        raise UserError(f"--gnd {path}: {error.strerror or error}") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(f"--gnd {path}: refused, its pickle is more than plain data ({error})") from error
-    except Exception as error:  # a hostile or foreign file fails in any way
+    except Exception as error:  # a foreign file fails in any way
+        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"--gnd {path}: not a ground truth of the revisited protocol ({type(error).__name__}: {error})"
+            f"--gnd {path}: not a ground truth of the revisited protocol ({type(error).__name__}: {reason})"
         ) from error
     if not queries:
         raise UserError(f"--gnd {path}: holds no query")
@@ -138,10 +131,15 @@ def read_revisited(path: Path, known: Iterable[str]) -> tuple[list[str], list[Qu
     return names, queries
 
 
+def _names(names: Any) -> list[str]:
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable():
+            raise ValueError("a name of an image is not printable text")
+    return list(names)
+
+
 def _revisited_query(name: str, truth: dict[str, Any], names: list[str]) -> Query:
-    box = tuple(float(value) for value in _plain(truth["bbx"]))
-    if len(box) != 4:
-        raise ValueError(f"the box of {name} has {len(box)} numbers")
+    box = _box(_plain(truth["bbx"]))
     lists = {}
     for kind in ("easy", "hard", "junk"):
         indexes = [int(i) for i in _plain(truth[kind])]
@@ -152,9 +150,18 @@ def _revisited_query(name: str, truth: dict[str, Any], names: list[str]) -> Quer
 
 
 def _plain(values: Any) -> Iterable:
-    """A list, or an array of one dimension, of numbers."""
-    if not isinstance(values, safe_pickle.Array):
+    """A list of numbers; or those of an array (formats.safe_pickle.Array) of one dimension."""
+    numbers = getattr(values, "numbers", None)
+    if numbers is None:
         return values
-    if values.numbers.ndim != 1:
-        raise ValueError(f"an array of {values.numbers.ndim} dimensions, not of one")
-    return values.numbers.tolist()
+    if numbers.ndim != 1:
+        raise ValueError(f"an array of {numbers.ndim} dimensions, not of one")
+    return numbers.tolist()
+
+
+def _box(values: Iterable[Any]) -> Box:
+    """Four finite numbers; ValueError for anything else."""
+    box = tuple(float(value) for value in values)
+    if len(box) != 4 or not all(map(math.isfinite, box)):
+        raise ValueError(f"a box of {box}, expected four numbers")
+    return box

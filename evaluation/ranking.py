@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from ground_truth import Query
 
+from evaluation.ground_truth import Query
 from util import UserError
 
 # Which lists of a query are right answers, and which are passed over as if they were not there.

@@ -5,13 +5,16 @@ Maps and rows in, rows out; knows nothing of images or networks. In order: `regi
 of an image, `fit_whitening` learns from those of many, `rmac` turns them into one descriptor.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from util import UserError
+from util import UserError, atomic_write
 
 OVERLAP = 0.4  # of neighbouring regions on the longer side, Tolias et al., section 3.2
 PCA_DIM = 512
@@ -79,6 +82,9 @@ class Whitening:
     mean: torch.Tensor
     matrix: torch.Tensor
 
+    def to(self, device: torch.device) -> "Whitening":
+        return Whitening(self.mean.to(device), self.matrix.to(device))
+
 
 def fit_whitening(descriptors: np.ndarray, dim: int = PCA_DIM) -> tuple[np.ndarray, np.ndarray]:
     """PCA-whitening of (N, D) rows, in float64: mean (D,) and matrix (D, min(dim, D)).
@@ -100,6 +106,24 @@ def fit_whitening(descriptors: np.ndarray, dim: int = PCA_DIM) -> tuple[np.ndarr
     if values[0] <= 0:
         raise UserError("all region descriptors are equal, so no PCA can be learnt: is the model dead?")
     return mean, vectors / np.sqrt(np.maximum(values, values[0] * EIGENVALUE_FLOOR))
+
+
+def write_whitening(path: Path, mean: np.ndarray, matrix: np.ndarray, settings: dict[str, Any]) -> None:
+    """Put what `fit_whitening` found into a .npz file, with the settings of the rows that it learnt from."""
+    with atomic_write(path, "wb") as file:
+        np.savez(file, mean=mean, matrix=matrix, settings=np.array(json.dumps(settings)))
+
+
+def read_whitening(path: Path) -> tuple[Whitening, dict[str, Any]]:
+    """What `write_whitening` wrote, on the CPU. Raises UserError where it is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run --stage train_pca first")
+    try:
+        with np.load(path, allow_pickle=False) as saved:  # a zip file, which checks its CRC32
+            mean, matrix = (torch.from_numpy(saved[name]).float() for name in ("mean", "matrix"))
+            return Whitening(mean, matrix), json.loads(str(saved["settings"]))
+    except Exception as error:  # numpy meets damaged bytes with nearly any of them
+        raise UserError(f"{path}: damaged; remove it and run --stage train_pca") from error
 
 
 def region_descriptors(activation: torch.Tensor, levels: int) -> torch.Tensor:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from ground_truth import Query
 from PIL import Image
+
+from evaluation.ground_truth import Query
 
 PICTURES = Path(__file__).resolve().parent.parent / "demo" / "pictures"
 CROPS = 5  # of each picture

@@ -1,4 +1,6 @@
-"""Slow, obviously right versions of what clustering.py and sampling.py do quickly; float64 throughout."""
+"""Slow, obviously right versions of what is done quickly elsewhere; float64 throughout."""
+
+import math
 
 import numpy as np
 import scipy.sparse
@@ -123,3 +125,37 @@ def sinkhorn(scores: np.ndarray, epsilon: float, niter: int) -> np.ndarray:
         for i in range(samples):
             q[i] /= q[i].sum() * samples
     return q * samples
+
+
+def rmac_regions(width: int, height: int, levels: int) -> list[tuple[int, int, int, int]]:
+    """The R-MAC regions of a map, (x, y, w, h) each: the specification line by line."""
+    w = min(width, height)
+    nearest, extra = math.inf, 0
+    if width != height:
+        for index, steps in enumerate(range(2, 8), start=1):
+            b = (max(width, height) - w) / (steps - 1)
+            distance = abs((w * w - w * b) / (w * w) - 0.4)
+            if distance < nearest:
+                nearest, extra = distance, index
+    found = []
+    for level in range(1, levels + 1):
+        wl = math.floor(2 * w / (level + 1))
+        wl2 = math.floor(wl / 2 - 1)
+        starts = []
+        for length, e in ((width, extra * (width > height)), (height, extra * (height > width))):
+            b = (length - wl) / (level + e - 1) if level + e > 1 else 0
+            starts.append([round(math.floor(wl2 + b * i) - wl2) for i in range(level + e)])
+        for y in starts[1]:
+            for x in starts[0]:
+                found.append((x - max(x + wl - width, 0), y - max(y + wl - height, 0), wl, wl))
+    return found
+
+
+def rmac_descriptor(activation: np.ndarray, levels: int, mean: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """Map (C, H, W) -> (d,): region by region its maximum, L2, (x - mean) @ matrix, L2; their sum, L2."""
+    total = np.zeros(matrix.shape[1])
+    for x, y, w, h in rmac_regions(activation.shape[2], activation.shape[1], levels):
+        v = activation[:, y : y + h, x : x + w].max(axis=(1, 2)).astype(np.float64)
+        v = (v / np.linalg.norm(v) - mean.astype(np.float64)) @ matrix.astype(np.float64)
+        total += v / np.linalg.norm(v)
+    return total / np.linalg.norm(total)

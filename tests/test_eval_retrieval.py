@@ -1,29 +1,27 @@
-"""eval_retrieval.py: views, networks, the stages from folder to figure."""
+"""eval_retrieval.py: the stages from folder to figure."""
 
 import importlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import ground_truth
 import numpy as np
 import pytest
-import ranking
-import torch
-from torchvision.models import vgg16
 
 import checkpoint
-import data
 import eval_retrieval as er
 import models
+import util
+from evaluation import ground_truth, last_maps, ranking, retrieval
+from tests import tiny
 from tests.cities import CROPS, make_city, truth_of
 from util import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 CITY_PICTURES = {
     "Oxford": ["astronaut", "cat", "coffee", "coins", "raccoon", "rocket"],
     "Paris": ["dahlia", "footbridge", "hopper", "pagoda", "stairs", "earth"],
@@ -36,7 +34,7 @@ def slim_classifiers():
     """8 units instead of 4096: retrieval looks at the convolutions, and a checkpoint has 15 MB, not 240."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("models.alexnet", "models.vgg16"):
-            patch.setattr(importlib.import_module(name), "FEATURE_DIM", 8)
+            patch.setattr(importlib.import_module(name), "UNITS", 8)
         yield
 
 
@@ -73,72 +71,6 @@ def exp(datasets, model, tmp_path_factory) -> Path:
     return folder
 
 
-# -------------------------------------------------------------------------------- views
-
-
-def test_longer_side_becomes_s_and_the_box_is_cut_out_after_resizing():
-    image = torch.zeros(3, 200, 400, dtype=torch.uint8)
-    image[:, 50:100, 100:300] = 255
-    assert er.resized_view(er.Item(Path("x")), image, 100).shape == (3, 50, 100)
-    assert er.resized_view(er.Item(Path("x")), image.transpose(1, 2), 100).shape == (3, 100, 50)
-    view = er.resized_view(er.Item(Path("x"), (100.0, 40.0, 302.0, 100.0)), image, 100)
-    whole = er.resized_view(er.Item(Path("x")), image, 100)
-    assert torch.equal(view, whole[:, 10:25, 25:76])  # cut out of the resized image: a quarter of the box
-    beyond = er.resized_view(er.Item(Path("x"), (-8.0, 40.0, 999.0, 999.0)), image, 100)
-    assert torch.equal(beyond, whole[:, 10:])
-    with pytest.raises(data.ImageError, match="holds no pixel"):
-        er.resized_view(er.Item(Path("x"), (390.0, 10.0, 390.0, 20.0)), image, 100)
-
-
-@pytest.mark.parametrize("arch", ["alexnet", "vgg16"])
-def test_activation_is_the_last_relu_without_its_pooling(arch, monkeypatch):
-    net = models.build(arch, sobel=True, seed=0).eval()
-    with torch.no_grad():  # statistics that differ from layer to layer, as those of a trained net
-        for module in net.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-    monkeypatch.setattr(checkpoint, "load_model", lambda path: net)
-    view = torch.randint(0, 256, (3, 96, 64), dtype=torch.uint8)
-    ours = er.activation(er.open_trunk("net", CPU), view, CPU)
-    with torch.no_grad():
-        expected = net.features[:-1](net.sobel(data.normalise(view[None])))[0]
-    assert ours.shape[1:] == ((5, 3) if arch == "alexnet" else (6, 4))
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
-
-
-def test_tiny_views_are_padded():
-    view = torch.zeros(3, 3, 40, dtype=torch.uint8)
-    assert er.activation(lambda x: x, view, CPU).shape == (3, 16, 40)
-
-
-def test_pretrained_is_torchvisions_vgg16_up_to_its_last_relu(monkeypatch):
-    with torch.device("meta"):  # its classifier takes seconds and stays untouched
-        net = vgg16(weights=None)
-    net.features.to_empty(device="cpu")
-    for parameter in net.features.parameters():
-        torch.nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5 if parameter.ndim > 1 else 0.1)
-    monkeypatch.setattr(er, "vgg16", lambda weights, progress: net)
-    view = torch.randint(0, 256, (3, 48, 64), dtype=torch.uint8)
-    ours = er.activation(er.open_trunk("pretrained", CPU), view, CPU)
-    with torch.no_grad():
-        expected = net.features[:30](data.normalise(view[None]))[0]
-    assert isinstance(net.features[30], torch.nn.MaxPool2d) and expected.shape == (512, 3, 4)
-    assert expected.max() > 0.1
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_pretrained_that_cannot_be_downloaded_is_one_line(monkeypatch):
-    def offline(**_):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(er, "vgg16", offline)
-    with pytest.raises(
-        UserError, match=r"pretrained: .*Name or service not known.*put https://\S+\.pth"
-    ) as error:
-        er.open_trunk("pretrained", CPU)
-    assert "\n" not in str(error.value)
-
-
 # -------------------------------------------------------------------------------- end to end
 
 
@@ -165,7 +97,7 @@ def test_descriptors_beat_shuffled_ones_by_far(exp, datasets):
 
 
 def test_stages_one_by_one_give_what_all_gives_and_the_other_city_works(datasets, model, exp, tmp_path):
-    for stage in er.STAGES[:-1]:
+    for stage in er.STAGE_NAMES[:-1]:
         assert call(datasets, tmp_path, model, "--stage", stage) is None
     results = call(datasets, tmp_path, None, "--stage", "eval")  # needs no model any more
     for name in ("Paris_regions", "Oxford_database", "Oxford_queries"):
@@ -178,25 +110,26 @@ def test_stages_one_by_one_give_what_all_gives_and_the_other_city_works(datasets
 
 
 def test_a_killed_run_goes_on_with_the_images_that_are_left(datasets, model, exp, tmp_path, monkeypatch):
-    decode, calls = data.decode, []
+    decode, calls = last_maps.open_rgb, []
 
     def failing(path):
-        calls.append(Path(path).stem)
+        calls.append(path.stem)
         if len(calls) == 40:  # in the middle of db_features
             raise KeyboardInterrupt
         return decode(path)
 
-    monkeypatch.setattr(data, "decode", failing)
+    monkeypatch.setattr(last_maps, "open_rgb", failing)
     with pytest.raises(KeyboardInterrupt):
         call(datasets, tmp_path, model)
-    assert len(list((tmp_path / "retrieval/Oxford_database.parts").glob("*.npy"))) == 9
+    journal = json.loads((tmp_path / "retrieval/Oxford_database.npy.journal").read_text())
+    assert journal["done"] == journal["rows"] == 9
     before = list(calls)
     call(datasets, tmp_path, model)
     total = 30 + 30 + 6  # regions of Paris, database, queries: each image once, and once more the one cut off
     assert len(calls) == total + 1 and calls[40] == before[39]
     for name in ("Paris_regions", "Oxford_database", "Oxford_queries"):
         np.testing.assert_array_equal(*(np.load(x / f"retrieval/{name}.npy") for x in (exp, tmp_path)))
-    assert not list((tmp_path / "retrieval").glob("*.parts"))
+    assert not [*(tmp_path / "retrieval").glob("*.part"), *(tmp_path / "retrieval").glob("*.journal")]
     call(datasets, tmp_path, model)
     assert len(calls) == total + 1  # nothing is computed again
 
@@ -206,8 +139,8 @@ def test_workers_change_nothing(datasets, model, exp, tmp_path):
     np.testing.assert_array_equal(*(np.load(x / "retrieval/Paris_regions.npy") for x in (exp, tmp_path)))
 
 
-def test_multires_and_expansions_change_the_figures_sensibly(datasets, model, exp, tmp_path, capsys):
-    for name in ("Paris_regions.npy", "Paris_regions.json", "Paris_pca.npz", "Paris_pca.json"):
+def test_multires_and_expansions_change_the_figures_sensibly(datasets, model, exp, tmp_path):
+    for name in ("Paris_regions.npy", "Paris_regions.json", "Paris_pca.npz"):
         (tmp_path / name).write_bytes((exp / "retrieval" / name).read_bytes())
     three = call(datasets, tmp_path, model, "--multires", "--temp", str(tmp_path))
     one, many = (np.load(x / "Oxford_database.npy") for x in (exp / "retrieval", tmp_path))
@@ -220,21 +153,67 @@ def test_multires_and_expansions_change_the_figures_sensibly(datasets, model, ex
         assert expanded["mAP"] > 60 and expanded["AP"].keys() == plain["AP"].keys()
     with pytest.raises(UserError, match="another scales"):
         call(datasets, exp, model, "--stage", "eval", "--multires")
-    assert "from memory, unverified): DeepCluster 61.0" in capsys.readouterr().out
 
 
-def test_descriptors_of_other_settings_are_refused(datasets, model, exp, tmp_path):
+def test_descriptors_of_other_settings_are_refused(datasets, model, exp, tmp_path, monkeypatch):
+    monkeypatch.setattr(util, "cpu_has_bf16", lambda: True)
     with pytest.raises(UserError, match="S 112, now 128; use another --temp"):
         call(datasets, exp, model, "--S", "128")
     other = save_alexnet(tmp_path / "other.pth.tar", seed=2)
     with pytest.raises(UserError, match="another model"):
         call(datasets, exp, other)
+    with pytest.raises(UserError, match="precision fp32, now bf16"):
+        call(datasets, exp, model, "--precision", "bf16")
     with pytest.raises(UserError, match="run --stage extract_train first"):
         call(datasets, tmp_path / "new", model, "--stage", "train_pca")
     with pytest.raises(UserError, match="run --stage train_pca first"):
         call(datasets, tmp_path / "new", model, "--stage", "db_features")
     with pytest.raises(UserError, match="run --stage db_features first"):
         call(datasets, tmp_path / "new", model, "--stage", "eval")
+
+
+def test_descriptors_of_images_that_were_replaced_are_refused(datasets, model, exp, tmp_path):
+    """The same names and settings, another picture behind one of them."""
+    own = tmp_path / "datasets"
+    shutil.copytree(datasets, own)
+    call(own, tmp_path / "exp", model)
+    oxford, paris = own / "Oxford/jpg/cat_000001.jpg", own / "Paris/jpg/earth_000001.jpg"
+    good = {path: path.read_bytes() for path in (oxford, paris)}
+    oxford.write_bytes((own / "Oxford/jpg/coins_000001.jpg").read_bytes())
+    for stage in ("db_features", "eval", "all"):
+        with pytest.raises(
+            UserError, match=r"Oxford_database\.json: was made with another state of the images"
+        ):
+            call(own, tmp_path / "exp", model, "--stage", stage)
+    for name in ("Oxford_database.npy", "Oxford_database.json"):  # the way out
+        (tmp_path / "exp/retrieval" / name).unlink()
+    paris.write_bytes(good[paris][:-1] + b"\0")
+    with pytest.raises(UserError, match=r"Paris_regions\.json: was made with another state of the images"):
+        call(own, tmp_path / "exp", model)
+    call(own, tmp_path / "exp", model, "--stage", "db_features")
+    ours, other = (np.load(x / "retrieval/Oxford_database.npy") for x in (tmp_path / "exp", exp))
+    changed = np.flatnonzero((ours != other).any(axis=1))
+    assert [sorted(ground_truth.list_database(own / "Oxford"))[i] for i in changed] == ["cat_000001"]
+
+
+def test_damaged_descriptors_are_refused(datasets, model, exp, tmp_path):
+    shutil.copytree(exp, tmp_path / "exp")
+    path = tmp_path / "exp/retrieval/Oxford_database.npy"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"Oxford_database\.npy: damaged, .*; use another --temp"):
+        call(datasets, tmp_path / "exp", model, "--stage", "eval")
+
+
+@pytest.mark.parametrize("spec", ["random:tiny", "random:resnet18:sobel"])
+def test_any_network_is_described_by_its_last_map(datasets, tmp_path, spec, monkeypatch):
+    monkeypatch.setitem(models.ARCHITECTURES, "tiny", tiny.tiny)
+    results = call(datasets, tmp_path, spec, "--S", "64")
+    net = models.build(*spec.split(":")[1:2])
+    saved = json.loads((tmp_path / "results.json").read_text())["eval_retrieval_Oxford"]
+    assert saved["protocol"]["layer"] == f"{net.maps[-1]}, frozen" and saved["results"] == results
+    assert 0 < results["classic"]["mAP"] <= 100
 
 
 def test_revisited_protocol_end_to_end_and_without_lab(datasets, model, exp, tmp_path):
@@ -251,6 +230,9 @@ def test_revisited_protocol_end_to_end_and_without_lab(datasets, model, exp, tmp
     (alone / "jpg").symlink_to(oxford / "jpg")
     again = call(datasets, exp, model, "--gnd", str(gnd), "--oxford", str(alone), "--stage", "eval")
     assert list(again) == ["easy", "medium", "hard"] and again["hard"] == results["hard"]
+    gnd.write_bytes(pickle.dumps(subprocess.call, 2))
+    with pytest.raises(UserError, match=r"gnd_roxford5k\.pkl: refused"):
+        call(datasets, exp, model, "--gnd", str(gnd), "--stage", "eval")
 
 
 # -------------------------------------------------------------------------------- bad input
@@ -263,10 +245,23 @@ def test_missing_inputs_are_refused(model, tmp_path):
         call(tmp_path, tmp_path / "exp", None)
     with pytest.raises(UserError, match="no such checkpoint"):
         call(tmp_path, tmp_path / "exp", tmp_path / "nothing")
+    with pytest.raises(UserError, match="--precision tf32: for CUDA"):
+        call(tmp_path, tmp_path / "exp", model, "--precision", "tf32")
     with pytest.raises(UserError, match="where is Paris"):
         er.main(er.get_parser().parse_args(["--model", str(model), "--exp", str(tmp_path / "exp")]))
-    with pytest.raises(UserError, match="--L 0"):
-        call(tmp_path, tmp_path / "exp", model, "--L", "0")
+
+
+@pytest.mark.parametrize(("flag", "value"), [("S", 15), ("L", 0), ("aqe", -1), ("dbe", -1), ("workers", -1)])
+def test_numbers_that_cannot_work_are_refused(flag, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        er.get_parser().parse_args([f"--{flag}", str(value)])
+    assert end.value.code == 2 and f"--{flag}: {value}: must be at least" in capsys.readouterr().err
+
+
+def test_the_flags_name_the_stages_and_the_cities():
+    assert tuple(retrieval.STAGES) == er.STAGE_NAMES
+    action = next(a for a in er.get_parser()._actions if a.dest == "eval")
+    assert tuple(action.choices) == tuple(retrieval.OTHER)
 
 
 def test_an_undecodable_image_is_named(datasets, model, tmp_path):
@@ -280,9 +275,10 @@ def test_an_undecodable_image_is_named(datasets, model, tmp_path):
 # -------------------------------------------------------------------------------- from the shell
 
 
+@pytest.mark.slow
 def test_shell_script_runs_all_stages(datasets, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.import_module("models.alexnet"), "FEATURE_DIM", models.FEATURE_DIM)
-    model = save_alexnet(tmp_path / "checkpoint.pth.tar", seed=1)  # of full size
+    monkeypatch.setattr(importlib.import_module("models.alexnet"), "UNITS", 4096)  # of full size
+    model = save_alexnet(tmp_path / "checkpoint.pth.tar", seed=1)
     settings = {
         "DATASETS": datasets, "MODEL": model, "EXP": tmp_path / "exp", "EVAL": "Paris", "S": 64,
         "WORKERS": 0, "PYTHON": sys.executable,

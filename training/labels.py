@@ -126,8 +126,8 @@ class PseudoLabels:
     # -- files
 
     def _write_csv(self) -> None:
-        now = self.assignments[0]
-        write_assignments(self.exp / "assignments.csv", list(self.images.paths), now.labels, now.distances)
+        heads = [(a.labels, a.distances) for a in self.assignments]
+        write_assignments(self.exp / "assignments.csv", list(self.images.paths), *heads)
 
     def _write_clustering(self, net: Network, layer: str, to_points: ToPoints) -> None:
         """EXP/clustering.pth.tar: PCA and centroids fit the weights of this moment alone."""

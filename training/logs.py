@@ -86,12 +86,20 @@ def take_over(name: str, origin: Path, exp: Path) -> None:
             file.write((origin / name).read_bytes())
 
 
-def write_assignments(path: Path, paths: list[str], labels: np.ndarray, distances: np.ndarray) -> None:
-    """`assignments.csv` of the last clustering: path, cluster, squared L2 distance to the centroid."""
+def write_assignments(path: Path, paths: list[str], *heads: tuple[np.ndarray, np.ndarray]) -> None:
+    """`assignments.csv` of the last clustering: path, cluster, squared L2 distance to the centroid.
+
+    heads: (labels, distances) of each; the columns of the second one are cluster1 and distance1.
+    """
+    columns: list[list] = [paths]
+    head = ["path"]
+    for h, (labels, distances) in enumerate(heads):
+        head += [f"cluster{h or ''}", f"distance{h or ''}"]
+        columns += [labels.tolist(), [f"{d:.6g}" for d in distances.tolist()]]
     with atomic_write(path) as file:
         writer = csv.writer(file, lineterminator="\r\n" if any("\r" in path for path in paths) else "\n")
-        writer.writerow(["path", "cluster", "distance"])
-        writer.writerows(zip(paths, labels.tolist(), (f"{d:.6g}" for d in distances.tolist())))
+        writer.writerow(head)
+        writer.writerows(zip(*columns))
 
 
 def open_tensorboard(exp: Path) -> Any:

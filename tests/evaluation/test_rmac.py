@@ -1,39 +1,14 @@
-"""rmac.py: regions against the specification line by line, pooling, whitening, the descriptor."""
-
-import math
+"""evaluation/rmac.py: regions against the specification line by line, pooling, whitening, the descriptor."""
 
 import numpy as np
 import pytest
-import rmac
 import torch
 
+from evaluation import rmac
+from tests import reference
 from util import UserError
 
 # -------------------------------------------------------------------------------- regions
-
-
-def slow_regions(width: int, height: int, levels: int) -> list[tuple[int, int, int, int]]:
-    """The specification line by line, in plain Python floats."""
-    w = min(width, height)
-    nearest, extra = math.inf, 0
-    if width != height:
-        for index, steps in enumerate(range(2, 8), start=1):
-            b = (max(width, height) - w) / (steps - 1)
-            distance = abs((w * w - w * b) / (w * w) - 0.4)
-            if distance < nearest:
-                nearest, extra = distance, index
-    found = []
-    for level in range(1, levels + 1):
-        wl = math.floor(2 * w / (level + 1))
-        wl2 = math.floor(wl / 2 - 1)
-        starts = []
-        for length, e in ((width, extra * (width > height)), (height, extra * (height > width))):
-            b = (length - wl) / (level + e - 1) if level + e > 1 else 0
-            starts.append([round(math.floor(wl2 + b * i) - wl2) for i in range(level + e)])
-        for y in starts[1]:
-            for x in starts[0]:
-                found.append((x - max(x + wl - width, 0), y - max(y + wl - height, 0), wl, wl))
-    return found
 
 
 def test_regions_of_hand_computed_maps():
@@ -60,7 +35,7 @@ def test_regions_equal_the_slow_version_over_many_sizes():
         for height in range(2, 72, 1 if width % 7 == 0 else 5):
             for levels in (1, 2, 3):
                 ours = [tuple(box) for box in rmac.regions(width, height, levels).tolist()]
-                assert ours == slow_regions(width, height, levels), (width, height, levels)
+                assert ours == reference.rmac_regions(width, height, levels), (width, height, levels)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (30, 1), (2, 5), (3, 3), (64, 3)])
@@ -114,10 +89,26 @@ def test_descriptor_follows_the_recipe_step_by_step():
     generator = torch.Generator().manual_seed(0)
     activation = torch.rand(6, 5, 8, generator=generator)
     whitening = rmac.Whitening(torch.rand(6, generator=generator), torch.randn(6, 3, generator=generator))
-    total = np.zeros(3)
-    for x, y, w, h in rmac.regions(8, 5, 3):
-        v = activation[:, y : y + h, x : x + w].amax((1, 2)).double().numpy()
-        v = (v / np.linalg.norm(v) - whitening.mean.numpy()) @ whitening.matrix.double().numpy()
-        total += v / np.linalg.norm(v)
+    expected = reference.rmac_descriptor(
+        activation.numpy(), 3, whitening.mean.numpy(), whitening.matrix.numpy()
+    )
     ours = rmac.rmac(rmac.region_descriptors(activation, 3), whitening)
-    np.testing.assert_allclose(ours.numpy(), total / np.linalg.norm(total), atol=1e-5)
+    np.testing.assert_allclose(ours.numpy(), expected, atol=1e-5)
+
+
+def test_a_whitening_comes_back_from_its_file_and_damage_is_refused(tmp_path):
+    path, settings = tmp_path / "pca.npz", {"dim": 3, "regions": {"S": 112, "model": "m"}}
+    rng = np.random.default_rng(0)
+    mean, matrix = rng.standard_normal(4), rng.standard_normal((4, 3))
+    with pytest.raises(UserError, match=r"pca\.npz is missing: run --stage train_pca first"):
+        rmac.read_whitening(path)
+    rmac.write_whitening(path, mean, matrix, settings)
+    whitening, found = rmac.read_whitening(path)
+    assert found == settings and whitening.matrix.dtype == torch.float32
+    np.testing.assert_array_equal(whitening.mean, mean.astype(np.float32))
+    np.testing.assert_array_equal(whitening.matrix, matrix.astype(np.float32))
+    content = bytearray(path.read_bytes())
+    for damaged in (content[:-30], b"hello", b"", bytes(content).replace(mean.tobytes(), bytes(32))):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"pca\.npz: damaged; remove it"):
+            rmac.read_whitening(path)

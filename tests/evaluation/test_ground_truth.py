@@ -1,14 +1,15 @@
-"""ground_truth.py: databases and queries, bad files by name, pickles of every kind and hostile ones."""
+"""evaluation/ground_truth.py: databases and queries, bad files by name, pickles of every kind."""
 
 import os
 import pickle
 import subprocess
 from pathlib import Path
 
-import ground_truth
 import numpy as np
 import pytest
 
+from evaluation import ground_truth
+from formats import safe_pickle
 from tests.cities import make_city, truth_of
 from util import UserError
 
@@ -23,6 +24,11 @@ def city(tmp_path) -> Path:
 
 def read(city: Path) -> list[ground_truth.Query]:
     return ground_truth.read_queries(city, ground_truth.list_database(city))
+
+
+def read_revisited(path: Path, known: list[str]) -> tuple[list[str], list[ground_truth.Query]]:
+    """As eval_retrieval.py does."""
+    return ground_truth.revisited_truth(path, safe_pickle.load(path, encoding="latin1"), known)
 
 
 def test_ground_truth_is_read(city):
@@ -42,7 +48,7 @@ def test_bad_ground_truth_is_refused_by_name(city):
     with pytest.raises(UserError, match=r"cat_1_junk\.txt is missing"):
         read(city)
     (lab / "cat_1_junk.txt").touch()
-    for text in ("", "cat_000000 1 2 3", "cat_000000 1 2 3 four"):
+    for text in ("", "cat_000000 1 2 3", "cat_000000 1 2 3 four", "cat_000000 1 2 nan 4"):
         (lab / "cat_1_query.txt").write_text(text)
         with pytest.raises(UserError, match=r"cat_1_query\.txt: expected one line"):
             read(city)
@@ -98,7 +104,7 @@ def test_ground_truth_pickles_of_every_kind_are_read(city, tmp_path, protocol, w
     queries, names = read(city), list(ground_truth.list_database(city))
     path = tmp_path / "gnd.pkl"
     path.write_bytes(pickle.dumps(truth_of(queries, names, wrap), protocol))
-    database, revisited = ground_truth.read_revisited(path, names)
+    database, revisited = read_revisited(path, names)
     assert "cat_000000" not in database and len(database) == len(names) - 2
     assert revisited[0].box == queries[0].box
     assert revisited[0].lists == {
@@ -156,7 +162,7 @@ sS'junk'
 (lp10
 sas."""
     (tmp_path / "gnd.pkl").write_bytes(text.replace(b"RAW", raw))
-    names, queries = ground_truth.read_revisited(tmp_path / "gnd.pkl", ["a", "b"])
+    names, queries = read_revisited(tmp_path / "gnd.pkl", ["a", "b"])
     assert names == ["a", "b"] and queries[0].lists["easy"] == ["b"] and queries[0].box == (1.5, 2, 3, 4)
 
 
@@ -186,7 +192,7 @@ def test_malicious_pickles_are_refused_and_never_run(tmp_path, protocol):
         truth = {"gnd": [{"bbx": [0, 0, 1, 1], "easy": evil, "hard": [], "junk": []}]}
         path.write_bytes(pickle.dumps(truth | {"imlist": ["a"], "qimlist": ["a"]}, protocol))
         with pytest.raises(UserError, match=r"gnd\.pkl: (refused|not a ground truth)") as error:
-            ground_truth.read_revisited(path, ["a"])
+            read_revisited(path, ["a"])
         assert "\n" not in str(error.value)
     assert not canary.exists()
 
@@ -199,22 +205,28 @@ def test_foreign_and_wrong_ground_truth_is_refused(tmp_path):
         "qimlist": ["a"],
     }
     with pytest.raises(UserError, match="No such file"):
-        ground_truth.read_revisited(path, ["a"])
+        read_revisited(path, ["a"])
     path.write_bytes(b"hello")
     with pytest.raises(UserError, match=r"gnd\.pkl: "):
-        ground_truth.read_revisited(path, ["a"])
+        read_revisited(path, ["a"])
     for change in (
         {"gnd": [{**good["gnd"][0], "easy": [1]}]},
         {"gnd": [{**good["gnd"][0], "easy": [-1]}]},
         {"gnd": [{**good["gnd"][0], "bbx": [1, 2, 3]}]},
+        {"gnd": [{**good["gnd"][0], "bbx": [1, 2, 3, float("inf")]}]},
+        {"gnd": [{**good["gnd"][0], "bbx": [1, 2, 3, 10**400]}]},
+        {"gnd": None},
+        {"imlist": [7], "qimlist": [7]},
+        {"imlist": ["a\nb"], "qimlist": ["a\nb"]},
         {"gnd": [{"bbx": [0, 0, 1, 1], "ok": [0], "junk": []}]},
         {"qimlist": ["a", "a"]},
         {"qimlist": [], "gnd": []},
     ):
         path.write_bytes(pickle.dumps(good | change))
-        with pytest.raises(UserError, match=r"gnd\.pkl: (not a ground truth|holds no query)"):
-            ground_truth.read_revisited(path, ["a"])
+        with pytest.raises(UserError, match=r"gnd\.pkl: (not a ground truth|holds no query)") as error:
+            read_revisited(path, ["a", "a\nb"])
+        assert "\n" not in str(error.value)
     path.write_bytes(pickle.dumps(good))
     with pytest.raises(UserError, match="lists the image a, which is absent"):
-        ground_truth.read_revisited(path, ["b"])
-    assert ground_truth.read_revisited(path, ["a"])[0] == ["a"]
+        read_revisited(path, ["b"])
+    assert read_revisited(path, ["a"])[0] == ["a"]

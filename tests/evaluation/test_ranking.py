@@ -1,10 +1,10 @@
-"""ranking.py: average precision by hand, the protocols, the search with its expansions."""
+"""evaluation/ranking.py: average precision by hand, the protocols, the search with its expansions."""
 
 import numpy as np
 import pytest
-from ground_truth import Query
-from ranking import augment_database, average_precision, precision_at, rank, score
 
+from evaluation.ground_truth import Query
+from evaluation.ranking import augment_database, average_precision, precision_at, rank, score
 from util import UserError
 
 # -------------------------------------------------------------------------------- scores
