@@ -184,7 +184,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def describe(args: argparse.Namespace, net: Network, splits: dict[str, ImageList]) -> dict[str, Any]:
-    """The protocol, as it stands in results.json."""
+    """The protocol, as it stands in results.json beside the number of epochs."""
     chosen = "val, the split reported"
     if args.val_fraction > 0:
         chosen = f"held-out {args.val_fraction:g} of train"
@@ -198,7 +198,6 @@ def describe(args: argparse.Namespace, net: Network, splits: dict[str, ImageList
         "image size": args.image_size,
         "split reported": "val",
         "crops": f"{CROPS} crops, mean softmax" if args.tencrops else "central crop",
-        "epochs": args.epochs,
         "best epoch chosen on": chosen,
         "batch": args.batch,
         "lr": f"{args.lr:g} / sqrt(1 + {args.lr:g} * weight decay * steps)",
