@@ -178,6 +178,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             splits |= {name: judge_split(run, probes, name, split) for name, split in judged.items()}
             history.add(epoch, run.iteration, splits)
             tally.clear()
+            protocol = describe(args, net, {"train": train, **judged})  # undecodable images have left
             finish_epoch(run, probes, history, protocol)
         fingerprint.check(net)
         return report(run, probes, history, protocol)

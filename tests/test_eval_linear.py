@@ -549,7 +549,7 @@ def test_class_that_is_only_in_train_is_fine(run, folder, tmp_path):
     assert result["last"]["val"]["prec@1"] >= 90  # red is class 2 there too
     with pytest.raises(util.UserError, match="class folder green is only in val/"):
         (tmp_path / "data/train/green").rename(tmp_path / "data/val/green")
-        run("--data", tmp_path / "data", "--conv", 1)
+        run("--data", tmp_path / "data", "--conv", 1, "--exp", tmp_path / "other")
 
 
 def test_flags_and_defaults_are_those_of_the_usage_text():
@@ -617,21 +617,22 @@ def test_script_asks_for_data_and_model_before_anything_is_set_up(tmp_path):
     assert result.stderr.startswith("eval_linear.sh: set MODEL ")
 
 
-def test_script_runs_end_to_end_and_a_mistake_exits_with_code_2(tmp_path, folder, alexnet):
+@pytest.mark.slow
+def test_script_runs_end_to_end_and_a_mistake_exits_with_code_2(tmp_path, folder):
     variables = {
         "PYTHON": sys.executable,
         "DATA": folder,
-        "MODEL": alexnet,
+        "MODEL": "random:resnet18s",
         "EXP": tmp_path / "exp",
         "WORKERS": 0,
     }
-    small = ("--image-size", str(SIZE), "--epochs", "1", "--device", "cpu")
-    result = shell(tmp_path, *small, CONV="2 4", **variables)
+    small = ("--image-size", "32", "--epochs", "1", "--device", "cpu")
+    result = shell(tmp_path, *small, LAYERS="conv1 avgpool", **variables)
     assert result.returncode == 0, result.stderr
     assert (
         json.loads((tmp_path / "exp/results.json").read_text())["linear"]["protocol"]["weight decay"] == 1e-7
     )
-    result = shell(tmp_path, *small, CONV="9", **variables)
+    result = shell(tmp_path, *small, CONV="9", **(variables | {"MODEL": "random:alexnet"}))
     assert result.returncode == 2
     assert (
         result.stderr == "eval_linear.py: --conv 9: alexnet has no such layer; it has convolutions 1 to 5\n"
