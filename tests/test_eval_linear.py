@@ -1,9 +1,9 @@
-"""The linear probe: its protocol against a plain one, resuming, side by side, what it refuses and writes."""
+"""The linear probe: its protocol against a plain one, frozen networks, what it refuses and writes."""
 
+# ruff: noqa: F811 (fixtures are imported, and asked for by name)
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
@@ -21,110 +20,18 @@ import eval_linear
 import models
 import util
 from models import weights
-from tests.tiny import tiny
+from tests.linear_runs import (  # noqa: F401
+    COLOURS,
+    SIZE,
+    alexnet,
+    evaluate,
+    folder,
+    model,
+    run,
+    small_network,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-SIZE = 64
-HELD = ("--val-fraction", 0.25, "--batch_size", 7)  # 18 images left: three steps an epoch
-LAYERS = ("--conv", 2, 1, 2, "--layers", "fc7")
-COLOURS = {"blue": (60, 90, 170), "green": (70, 150, 60), "red": (190, 80, 70)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    """`tiny`, for all but the protocol."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.ARCHITECTURES, "tiny", tiny)
-        yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Three classes of noisy colour, 8 images each in train/ and 4 in val/."""
-    root = tmp_path_factory.mktemp("colours")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4)):
-        for name, colour in COLOURS.items():
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                noise = rng.normal(0, 45, (76, 84, 3))
-                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
-
-
-def write_model(path: Path, arch: str) -> Path:
-    """A checkpoint of a network with Sobel whose batch-norm statistics are not the initial ones."""
-    net = models.build(arch, sobel=True, num_clusters=7, seed=5)
-    generator = torch.Generator().manual_seed(1)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1, generator=generator)
-            module.running_var.uniform_(0.2, 0.5, generator=generator)
-    checkpoint.save(path, {"arch": arch, "state_dict": net.state_dict()})
-    return path
-
-
-@pytest.fixture(scope="module")
-def alexnet(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "alexnet.pth.tar", "alexnet")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model") / "tiny.pth.tar", "tiny")
-
-
-@pytest.fixture(scope="module")
-def evaluate(folder, model):
-    """evaluate(exp, *flags) runs eval_linear with small settings; flags win over them."""
-
-    def call(exp: Path, *flags: str | Path) -> list[dict]:
-        settings = ["--data", folder, "--model", model, "--exp", exp, "--image-size", SIZE, "--device", "cpu"]
-        settings += ["--workers", 0, "--batch_size", 10, "--epochs", 2]
-        return eval_linear.main(eval_linear.get_parser().parse_args([*map(str, settings), *map(str, flags)]))
-
-    return call
-
-
-@pytest.fixture
-def run(evaluate, tmp_path):
-    """run(*flags): as `evaluate`, into tmp_path / "exp"."""
-    return lambda *flags: evaluate(tmp_path / "exp", *flags)
-
-
-@pytest.fixture(scope="module")
-def whole(evaluate, tmp_path_factory) -> tuple[Path, list[dict]]:
-    """An uninterrupted run of three layers: its folder and its results."""
-    exp = tmp_path_factory.mktemp("whole")
-    return exp, evaluate(exp, *HELD, *LAYERS)
-
-
-def assert_same(a, b) -> None:
-    """Equal bit for bit: nested containers of tensors and plain values."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
-def assert_same_classifier(one: Path, other: Path, layer: str, but: tuple[str, ...] = ()) -> None:
-    """The files of a layer in two folders, but for some lines of the protocol."""
-    for which in ("last", "best"):
-        states = [checkpoint.read(exp / f"{layer}_{which}.pth.tar") for exp in (one, other)]
-        for state in states:
-            state["protocol"] = {k: v for k, v in state["protocol"].items() if k not in but}
-        assert_same(*states)
-    log = f"{layer}_log.jsonl"
-    assert (one / log).read_text() == (other / log).read_text()
 
 
 # ------------------------------------------------------------------------------- the protocol
@@ -210,13 +117,6 @@ def test_probe_learns_colours_from_a_random_network(run):
     assert result["last"]["val"]["prec@1"] >= 90
 
 
-def test_random_network_is_the_one_that_training_starts_from():
-    net = weights.load("random:alexnet:sobel", seed=4)
-    start = models.build("alexnet", sobel=True, seed=util.derive_seed(4, "weights"))
-    assert_same(dict(net.state_dict()), dict(start.state_dict()))
-    assert weights.load("random:alexnet", seed=4).sobel is None
-
-
 def test_layers_of_a_resnet_are_probed_by_name(run, tmp_path):
     results = run("--model", "random:resnet18s", "--conv", 1, "--layers", "avgpool", "layer4", "--epochs", 1)
     assert [(r["layer"], r["values"]) for r in results] == [
@@ -225,147 +125,6 @@ def test_layers_of_a_resnet_are_probed_by_name(run, tmp_path):
         ("avgpool", 512),
     ]
     assert checkpoint.read(tmp_path / "exp/avgpool_last.pth.tar")["state_dict"]["weight"].shape == (3, 512)
-
-
-# ------------------------------------------------------------------------------- side by side, resumed
-
-
-def test_probes_side_by_side_are_the_ones_trained_alone(run, whole, tmp_path):
-    together, results = whole
-    assert [result["layer"] for result in results] == ["conv1", "conv2", "fc7"]
-    for result in results:
-        layer = result["layer"]
-        exp = tmp_path / layer
-        assert run(*HELD, "--layers", layer, "--exp", exp) == [result]
-        assert_same_classifier(together, exp, layer, but=("layers",))
-
-
-def test_result_does_not_depend_on_the_number_of_workers(run, tmp_path):
-    run("--conv", 2, "--exp", tmp_path / "none", "--epochs", 1)
-    run("--conv", 2, "--exp", tmp_path / "two", "--epochs", 1, "--workers", 2)
-    assert_same_classifier(tmp_path / "none", tmp_path / "two", "conv2")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    for layer in ("conv1", "conv2", "fc7"):
-        assert_same_classifier(one, other, layer)
-
-
-def test_resumed_run_equals_uninterrupted_run(run, whole, tmp_path):
-    exp, results = whole
-    run(*HELD, *LAYERS, "--epochs", 1)
-    assert run(*HELD, *LAYERS, "--resume") == results
-    assert_same_run(exp, tmp_path / "exp")
-    assert run(*HELD, *LAYERS, "--resume", tmp_path / "exp/linear.pth.tar") == results  # nothing to do
-    assert_same_run(exp, tmp_path / "exp")
-
-
-def test_run_that_goes_on_in_another_folder_has_all_its_files_there(run, whole, tmp_path):
-    exp, results = whole
-    run(*HELD, *LAYERS, "--epochs", 1)
-    first = tmp_path / "exp/linear.pth.tar"
-    assert run(*HELD, *LAYERS, "--resume", first, "--exp", tmp_path / "new") == results
-    assert_same_run(exp, tmp_path / "new")
-
-
-@pytest.mark.parametrize(
-    "killed_at", ["conv1_last.pth.tar", "conv2_last.pth.tar", "fc7_last.pth.tar", "linear.pth.tar"]
-)
-def test_run_killed_between_two_files_resumes_to_the_same_end(run, whole, tmp_path, monkeypatch, killed_at):
-    exp, results = whole
-    save = checkpoint.save
-
-    def save_until(path, state):
-        if state["epoch"] == 2 and Path(path).name == killed_at:
-            raise KeyboardInterrupt
-        save(path, state)
-
-    monkeypatch.setattr(checkpoint, "save", save_until)
-    with pytest.raises(KeyboardInterrupt):
-        run(*HELD, *LAYERS)
-    monkeypatch.setattr(checkpoint, "save", save)
-    assert run(*HELD, *LAYERS, "--resume") == results
-    assert_same_run(exp, tmp_path / "exp")
-
-
-@pytest.mark.parametrize("at", [1, 2, 4, 5])
-def test_run_that_a_signal_ends_in_mid_epoch_goes_on_exactly(run, whole, tmp_path, monkeypatch, at):
-    """Asked for in a step, it ends the run after the next one: in the middle of an epoch and at its end."""
-    exp, results = whole
-    loss, steps = eval_linear.loss, []
-
-    def with_signal(*args):
-        steps.append(1)
-        if len(steps) == at:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return loss(*args)
-
-    monkeypatch.setattr(eval_linear, "loss", with_signal)
-    with pytest.raises(util.Preempted, match="SIGTERM"):
-        run(*HELD, *LAYERS)
-    monkeypatch.setattr(eval_linear, "loss", loss)
-    saved = checkpoint.read(tmp_path / "exp/linear.pth.tar")
-    assert (saved["iteration"], saved["position"]) == (at + 1, at % 3 + 1)
-    assert run(*HELD, *LAYERS, "--resume", "auto") == results
-    assert_same_run(exp, tmp_path / "exp")
-
-
-def test_resuming_with_other_settings_layers_images_or_network_is_refused(run, tmp_path):
-    run("--conv", 2, "--epochs", 1)
-    saved = (tmp_path / "exp/linear.pth.tar").read_bytes()
-    with pytest.raises(util.UserError, match=r"was run with lr 0.01, not 0.1; .* start a new run$"):
-        run("--conv", 2, "--resume", "--lr", 0.1)
-    with pytest.raises(util.UserError, match=r"was run with layers \['conv2'\], not \['conv1', 'conv2'\]"):
-        run("--conv", 1, 2, "--resume")
-    with pytest.raises(util.UserError, match=r"network does not fit .*another network than that of --model"):
-        run("--conv", 2, "--resume", "--model", "random:tiny:sobel")
-    with pytest.raises(util.UserError, match=r"holds another run .*; continue it with --resume"):
-        run("--conv", 2)
-    assert (tmp_path / "exp/linear.pth.tar").read_bytes() == saved
-
-
-def test_resuming_on_other_images_is_refused(run, folder, tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / "data" / split).mkdir(parents=True)
-        for name in COLOURS:
-            (tmp_path / "data" / split / name).symlink_to(folder / split / name)
-    run("--data", tmp_path / "data", "--conv", 2, "--epochs", 1)
-    run("--conv", 2, "--epochs", 1, "--resume")  # moved elsewhere
-    (tmp_path / "data/val/red").unlink()
-    with pytest.raises(util.UserError, match=r"the run had 12 images, .*val has 8"):
-        run("--data", tmp_path / "data", "--conv", 2, "--resume")
-
-
-@pytest.mark.slow
-def test_two_processes_do_what_one_does(folder, tmp_path):
-    """torchrun; 24 images in batches of 7 leave 3 for the last, 12 of val are dealt out."""
-    flags = f"--data {folder} --model random:resnet18s --layers conv1 avgpool --image-size 32 --device cpu "
-    flags += "--workers 0 --epochs 2 --batch_size 7"
-    launcher = [
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "eval_linear.py"),
-    ]
-    found = []
-    for name, start in (("one", [str(ROOT / "eval_linear.py")]), ("two", ["-m", *launcher])):
-        command = [sys.executable, *start, *flags.split(), "--exp", str(tmp_path / name)]
-        result = subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-        )
-        assert result.returncode == 0, result.stderr
-        found.append(json.loads((tmp_path / name / "results.json").read_text())["linear"]["results"])
-        states = [
-            checkpoint.read(tmp_path / name / f"{layer}_last.pth.tar") for layer in ("conv1", "avgpool")
-        ]
-        found[-1].append([state["state_dict"]["weight"] for state in states])
-    *results, states = zip(*found)
-    for one, two in results:
-        for split in ("train", "val"):
-            assert one["last"][split] == pytest.approx(two["last"][split], rel=1e-3)
-    for one, two in zip(*states):
-        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- frozen

@@ -13,6 +13,7 @@ import models
 import util
 from evaluation import probe
 from evaluation.probe import Fingerprint, Frozen, History, Probes, Tally, make_pooling
+from models import weights
 from tests.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -124,6 +125,15 @@ def test_convolution_that_is_not_there_is_told(arch, conv, message):
     with pytest.raises(util.UserError) as caught:
         probe.choose_layers(models.build(arch, seed=0), [1, conv], [])
     assert str(caught.value) == message
+
+
+def test_random_network_is_the_one_that_training_starts_from():
+    net = weights.load("random:alexnet:sobel", seed=4)
+    start = models.build("alexnet", sobel=True, seed=util.derive_seed(4, "weights"))
+    found, expected = net.state_dict(), start.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert weights.load("random:alexnet", seed=4).sobel is None
 
 
 # ---------------------------------------------------------------------------------------- classifiers, frozen
