@@ -17,7 +17,6 @@ from torchvision.transforms import v2
 import checkpoint
 import data
 import eval_linear
-import models
 import util
 from models import weights
 from tests.linear_runs import (  # noqa: F401
