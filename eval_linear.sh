@@ -6,6 +6,7 @@
 # DATA   folder with train/ and val/, class sub-folders in both (ImageNet, Places)
 # MODEL  checkpoint to evaluate, or random:alexnet:sobel for a network that has learnt nothing
 # CONV   on top of which convolutional layers, one or several (default: 3)
+# LAYERS instead of CONV: layers by name, e.g. "layer3 layer4 avgpool" of a ResNet
 # EXP    where classifiers, logs and results.json go (default: exp)
 #
 # The authors' settings are given: LR=0.01, WD=-7, ten crops. Flags of eval_linear.py win over the variables.
@@ -18,11 +19,15 @@ cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 DATA=${DATA:-}
 MODEL=${MODEL:-}
 CONV=${CONV:-3}
+LAYERS=${LAYERS:-}
 EXP=${EXP:-exp}
 LR=${LR:-0.01}
 WD=${WD:--7}
 WORKERS=${WORKERS:-$((cores < 12 ? cores : 12))} # 12 as the authors, or what there is
-read -ra layers <<<"$CONV"
+read -ra layers <<<"--conv $CONV"
+if [[ -n $LAYERS ]]; then
+    read -ra layers <<<"--layers $LAYERS"
+fi
 
 if [[ ${1:-} =~ ^(-h|--help)$ ]]; then
     sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p;}' "$root/eval_linear.sh"
@@ -39,5 +44,5 @@ if [[ -z $MODEL && " $* " != *" --model"* ]]; then
 fi
 # shellcheck source=env.sh
 . "$root/env.sh" requirements.txt
-run "$PY" "$root/eval_linear.py" --data "$DATA" --model "$MODEL" --conv "${layers[@]}" --exp "$EXP" \
+run "$PY" "$root/eval_linear.py" --data "$DATA" --model "$MODEL" "${layers[@]}" --exp "$EXP" \
     --lr "$LR" --wd="$WD" --tencrops --verbose --workers "$WORKERS" "$@"

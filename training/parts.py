@@ -92,9 +92,10 @@ def check_same(was: dict[str, Any], now: dict[str, Any], fixed: tuple, path: Pat
         if name not in was or was[name] == value or name in FREE:
             continue
         if name in fixed:
+            weights = " from its weights with --init" if "init" in now else ""  # evaluations have none
             raise UserError(
                 f"--resume {path}: was run with {name} {was[name]}, not {value}; give the same, or start a "
-                "new run from its weights with --init"
+                f"new run{weights}"
             )
         log(f"note: {name} was {was[name]} and is {value} from here on")
 
