@@ -18,15 +18,20 @@ AUTO = "auto"
 
 
 class Folder:
-    """EXP of a run, held by this process alone; name: of its checkpoint's file."""
+    """EXP of a run, held by this process alone; name: of its checkpoint's file.
 
-    def __init__(self, path: str | Path, name: str) -> None:
-        self.path = Path(path)
+    keep: whether periodic checkpoints are kept, each in a file of its own, or the last one alone.
+    """
+
+    def __init__(self, path: str | Path, name: str, keep: bool = True) -> None:
+        self.path, self.keep = Path(path), keep
         self.last = self.path / name
         self._lock: IO | None = None
 
     def periodic(self, n: int) -> Path:
-        """The n-th of the checkpoints that are kept; its folder is there."""
+        """Where the n-th periodic checkpoint goes; its folder is there."""
+        if not self.keep:
+            return self.last
         make_folder(self.path / "checkpoints")
         return self.path / "checkpoints" / f"{self.last.name.split('.')[0]}_{n}.pth.tar"
 

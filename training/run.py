@@ -71,7 +71,7 @@ class Run:
         names = (f"{method}.pth.tar", f"{method}.log", f"{method}.jsonl")
         names = names if own_files else ("checkpoint.pth.tar", "train.log", "log.jsonl")
         self.exp = Path(args.exp)
-        self.folder = Folder(self.exp, names[0])
+        self.folder = Folder(self.exp, names[0], keep=not own_files)
         self._log_file, self.lines = (self.exp / name for name in names[1:])
         self.share, self.signals, self.parts = Share(), Signals(), Parts()
         self.epoch = getattr(args, "start_epoch", 0)
@@ -186,7 +186,7 @@ class Run:
         if init:
             init_weights(net, init)
         if distributed.world_size() > 1:
-            share_among_ranks(net, self.share, self.args.sync_bn)
+            share_among_ranks(net, self.share, getattr(self.args, "sync_bn", False))
         if getattr(self.args, "compile", False):
             net.compile()
         return net.to(self.device, memory_format=torch.channels_last)
@@ -308,10 +308,11 @@ class Run:
 
     # -- log and checkpoint
 
-    def finish_epoch(self, log_k: float | None = None, **figures: Any) -> dict[str, Any]:
+    def finish_epoch(self, log_k: float | None = None, save: bool = True, **figures: Any) -> dict[str, Any]:
         """Write the epoch's log line and checkpoint, and stand before the next epoch; returns the record.
 
-        log_k: the loss of guessing; one that stays there, or is far above, is warned about.
+        log_k: the loss of guessing; one that stays there, or is far above, is warned about. save: False where
+        epochs are so short that a checkpoint every --checkpoints steps is enough.
         """
         loss = self.meter.avg
         record = {"epoch": self.epoch, **self.record, **figures, "loss": loss, "iteration": self.iteration}
@@ -328,7 +329,8 @@ class Run:
         with self.signals.held():
             if distributed.is_main():
                 logs.append_line(self.lines, record)
-            self.save(self.folder.last)
+            if save or self.signals.asked is not None:
+                self.save(self.folder.last)
         if self.board is not None:
             logs.to_tensorboard(self.board, record)
         return record
