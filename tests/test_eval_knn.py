@@ -36,10 +36,10 @@ def colour_folder(root: Path, train: int = 6, val: int = 4, names: tuple[str, ..
 
 
 def save_network(path: Path, seed: int, change=None) -> Path:
-    net = models.build("alexnet", sobel=False, num_clusters=5, seed=seed)
+    net = models.build("tiny", num_clusters=5, seed=seed)
     if change is not None:
         change(net)
-    checkpoint.save(path, {"arch": "alexnet", "state_dict": net.state_dict()})
+    checkpoint.save(path, {"arch": "tiny", "state_dict": net.state_dict()})
     return path
 
 
@@ -58,7 +58,7 @@ def evaluate(folder, model, tmp_path):
     """Run the evaluator; keywords change or add flags, e.g. k=[1, 3] is --k 1 3 and pixels=[] is --pixels."""
 
     def run(**flags):
-        flags = {"data": folder, "model": model, "layers": ["conv5"], "exp": tmp_path / "exp"} | flags
+        flags = {"data": folder, "model": model, "layers": ["conv2"], "exp": tmp_path / "exp"} | flags
         flags = {"image-size": 64, "workers": 0, "device": "cpu"} | flags
         command = []
         for name, value in flags.items():
@@ -70,11 +70,11 @@ def evaluate(folder, model, tmp_path):
 
 def test_classes_told_by_colour_are_told_apart_in_every_network(evaluate, model, tmp_path, capsys):
     baseline = save_network(tmp_path / "baseline.pth.tar", seed=2)
-    results = evaluate(baseline=baseline, layers=["conv5", "fc7.pre"], pixels=[], k=[1, 3])
+    results = evaluate(baseline=baseline, layers=["conv2", "fc7.pre"], pixels=[], k=[1, 3])
 
     rows = [(row["network"], row["layer"]) for row in results]
     assert rows == [("pixels", "pixels")] + [
-        (network, layer) for network in ("baseline", "model") for layer in ("conv5", "fc7.pre")
+        (network, layer) for network in ("baseline", "model") for layer in ("conv2", "fc7.pre")
     ]
     for row in results:
         assert row["knn"] == {"1": 1.0, "3": 1.0}
@@ -86,7 +86,7 @@ def test_classes_told_by_colour_are_told_apart_in_every_network(evaluate, model,
     assert (protocol["model"], protocol["baseline"]) == (str(model), str(baseline))
     assert (protocol["train images"], protocol["val images"], protocol["classes"]) == (18, 12, 3)
     assert "64x64" in protocol["view"] and "exp(cosine / 0.07)" in protocol["kNN"]
-    assert "conv5 256x3x3" in protocol["features"] and "fc7.pre 4096" in protocol["features"]
+    assert "conv2 12x15x15" in protocol["features"] and "fc7.pre 40" in protocol["features"]
 
     printed = capsys.readouterr().out
     assert "kNN@1" in printed and "gain" in printed and "knn protocol: data" in printed
@@ -136,7 +136,7 @@ def test_defaults_are_the_protocols():
         ({"clusters": 13}, "--clusters 13: more than the 12 images"),
         ({"image-size": 8}, "--image-size: 8: must be at least 16"),
         ({"batch": 0}, "--batch: 0: must be at least 1"),
-        ({"layers": ["conv5", "conv6"]}, "alexnet has no layer conv6"),
+        ({"layers": ["conv2", "conv6"]}, "tiny has no layer conv6"),
         ({"model": "nowhere.pth.tar"}, "nowhere.pth.tar: no such checkpoint file"),
         ({"baseline": "nowhere.pth.tar"}, "nowhere.pth.tar: no such checkpoint file"),
         ({"device": "abacus"}, "--device abacus: not a device"),
@@ -199,7 +199,7 @@ def test_diverged_network_is_named_with_the_layer_and_the_image(evaluate, tmp_pa
         with torch.no_grad():
             next(net.body_parameters())[3] = float("nan")
 
-    with refuses(r"conv5 of .*train/blue/0\.png is not finite"):
+    with refuses(r"conv2 of .*train/blue/0\.png is not finite"):
         evaluate(model=save_network(tmp_path / "nan.pth.tar", 1, spoil))
 
 

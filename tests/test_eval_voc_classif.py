@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -29,7 +30,7 @@ from tests.voc_folder import CLASSES, make_voc
 from training.optim import sgd
 from training.run import Run
 from training.steps import Steps
-from util import Log, UserError
+from util import Log, Preempted, UserError
 
 CPU = torch.device("cpu")
 SIZE = 32
@@ -305,6 +306,24 @@ def test_resumed_run_equals_uninterrupted_run(vocdir, tmp_path, model, fc6_8, re
     assert np.array_equal(*scores)
 
 
+@pytest.mark.parametrize("last", [2, 3])  # within the first epoch, and its last iteration
+def test_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(vocdir, tmp_path, model, last):
+    flags = ("--nit", "9")
+
+    def signalled(steps, batch, total, iteration, stop, step=Steps.step):
+        if iteration == last:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(steps, batch, total, iteration, stop)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted, match="--resume auto"):
+        patch.setattr(Steps, "step", signalled)
+        script.main(arguments(vocdir, model, tmp_path / "parts", *flags))
+    assert checkpoint.read(tmp_path / "parts" / script.CHECKPOINT)["iteration"] == 4
+    results = script.main(arguments(vocdir, model, tmp_path / "parts", *flags, "--resume", "auto"))
+    assert results == script.main(arguments(vocdir, model, tmp_path / "whole", *flags))
+    assert equal(state(tmp_path / "parts"), state(tmp_path / "whole"))
+
+
 @pytest.mark.parametrize("nit", ["5", "8"])  # in the middle of an epoch, and at its end
 def test_finished_run_goes_on_to_more_iterations(vocdir, tmp_path, model, nit):
     script.main(arguments(vocdir, model, tmp_path / "exp", "--nit", nit))
@@ -438,6 +457,27 @@ def test_trained_classifier_beats_shuffled_labels_by_far(tmp_path, monkeypatch, 
     shuffled = [voc.average_precisions(rng.permutation(saved["scores"]), tested)["mAP"] for _ in range(20)]
     assert results["mAP"] > np.mean(shuffled) + 30
     assert results["mAP"] > max(shuffled) + 10
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(small_vocdir, tmp_path):
+    command = ["eval_voc_classif.py", "--vocdir", small_vocdir, "--model", "random:resnet18s", "--fc6_8", "0"]
+    command += ["--image-size", "32", "--workers", "0", "--device", "cpu", "--nit", "3", "--batch", "7"]
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    for exp, launcher in launchers.items():
+        result = subprocess.run(
+            [sys.executable, *launcher, *map(str, command), "--exp", str(tmp_path / exp)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    scores = [np.load(tmp_path / exp / script.SCORES)["scores"] for exp in launchers]
+    assert np.allclose(*scores, atol=1e-4)
 
 
 @pytest.mark.parametrize(
