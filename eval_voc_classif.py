@@ -96,6 +96,7 @@ from torch import nn
 
 import distributed
 from data import RandomView, Transform, make_loader, ten_crops, voc_train_crop
+from data.sampling import ShareSampler
 from evaluation.results import report
 from evaluation.voc import (
     GlobalStatistics,
@@ -171,19 +172,20 @@ def train(run: Run, net: Network, split: VocSplit) -> None:
         run.log(f"nothing to train: this run has its {args.nit} iterations")
         return
     view = RandomView(split.images, voc_train_crop(args.image_size))
-    each = -(-len(split) // args.batch)  # iterations of an epoch; its last batch may be short
+    each = len(ShareSampler(np.arange(len(split)), args.batch))  # iterations of an epoch
     for epoch in run.epochs(-(-args.nit // each)):
         order = np.random.default_rng(run.seed("voc order", epoch)).permutation(len(split))
+        left = args.nit - epoch * each
         run.train_pass(
             GlobalStatistics(net),
             [optimizer],
             view,
-            order[: (args.nit - epoch * each) * args.batch],
+            order if left >= each else order[: left * args.batch],
             partial(loss, torch.from_numpy(split.labels)),
             schedule=halved(args.lr, args.stepsize),
             clip=MAX_GRAD_NORM,
         )
-        if run.position < each:
+        if left < each:
             break
         run.finish_epoch(save=False)  # of few steps: --checkpoint-every says when
     run.save(run.folder.last)
