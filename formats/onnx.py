@@ -21,7 +21,7 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--layer",
         metavar="NAME",
-        help="what it gives, e.g. conv5, conv5.pre (before the ReLU), fc7, logits, a ResNet's layer4 (default: "
+        help="what it gives, e.g. conv5, conv5.pre (before the ReLU), logits, a ResNet's layer4 (default: "
         "what is clustered, fc7.pre or avgpool); a wrong name is answered with all",
     )
     parser.add_argument(
