@@ -230,7 +230,9 @@ def load(path: str | Path, encoding: str = "bytes") -> Any:
 def text(value: Any) -> str | None:
     """The text that a str, or a byte string of Python 2 (UTF-8, else latin1), stands for; None for others."""
     if isinstance(value, str):
-        return value
+        return (
+            None if re.search("[\ud800-\udbff]", value) else value
+        )  # halves of characters, which no file name has
     if not isinstance(value, bytes):
         return None
     try:
