@@ -141,7 +141,7 @@ def test_other_features_say_what_was_found(tmp_path):
         ([(1, FEATURES[0])], "int 1"),
         ({"model": {"layer": 1}}, "found a dict of 1"),
         ([("a", FEATURES[0]), "text"], "found text at position 1"),
-        ([("a\ud800", FEATURES[0])], r"found a tuple \(str 'a\\\\ud800'"),
+        ([("a\ud800", FEATURES[0])], r"found a tuple .str 'a.+ud800'"),
     ):
         path.write_bytes(pickle.dumps(content, 2))
         with pytest.raises(UserError, match=found) as error:
