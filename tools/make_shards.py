@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from commandline import Parser, add_bad_images, at_least, positive
+from commandline import Parser, add_bad_images, at_least, positive, within
 
 
 def get_parser() -> Parser:
@@ -32,12 +32,7 @@ def get_parser() -> Parser:
         help="resize the shorter side to this where it is longer, e.g. 256 (default: copy the bytes)",
     )
     parser.add_argument(
-        "--quality",
-        type=int,
-        choices=range(1, 101),
-        metavar="1..100",
-        default=95,
-        help="of resized images' JPEG",
+        "--quality", type=within(1, 100), default=95, help="of resized images' JPEG, 1 to 100"
     )
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that decode and resize")
     add_bad_images(parser)
@@ -83,7 +78,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     log = Log()
     progress = Progress(len(images), "images", log=log)
     with unfinished(args.pattern) as begin:
-        encoded = Encoded(images, args.resize, args.quality)
+        encoded = Encoded(images, args.resize, round(args.quality))
         samples = read_samples(encoded, args.workers, args.skip_bad_images, log, progress)
         written = write_shards(samples, args.pattern, round(args.size_mb * 1e6), begin)
         progress.close()
