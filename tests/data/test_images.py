@@ -9,7 +9,6 @@ import pytest
 from torchvision import datasets
 
 import data
-from data import images as listing
 from tests.data.pictures import touch_images
 from tests.helpers import refuses
 
@@ -110,17 +109,6 @@ def test_missing_or_empty_sources_are_refused_in_plain_words(tmp_path):
         data.list_images(tmp_path / "list.txt")
     with refuses(r"a.png is neither a folder nor a text file"):
         data.list_images(tmp_path / "a.png")
-
-
-def test_unreadable_folder_is_named(tmp_path, monkeypatch):
-    touch_images(tmp_path, "a/1.png")
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(listing.os, "scandir", refuse)
-    with refuses(r"cannot read the folder .*: Permission denied"):
-        data.list_images(tmp_path)
 
 
 def test_keep_selects_paths_and_classes(tmp_path):
