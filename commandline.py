@@ -94,6 +94,11 @@ def add_data(parser: argparse._ActionsContainer) -> None:
         metavar="PATTERN",
         help="instead of DIR: tar shards, e.g. 'train-{000000..000146}.tar' (tools/make_shards.py)",
     )
+    parser.add_argument(
+        "--all-splits",
+        action="store_true",
+        help="take all of a DIR that holds train/ and val/, which is refused otherwise",
+    )
     add_bad_images(parser)
 
 
@@ -101,7 +106,8 @@ def add_bad_images(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--skip-bad-images",
         action="store_true",
-        help="leave out files that cannot be decoded instead of stopping with their list",
+        help="leave out files that cannot be decoded and folders that cannot be read, instead of stopping at "
+        "their list",
     )
 
 
@@ -168,8 +174,8 @@ def add_network(group: argparse._ActionsContainer, arch: str = "alexnet") -> Non
         "-a",
         default=arch,
         metavar="ARCH",
-        help="CNN architecture: alexnet, vgg16, resnet18, resnet18s (for images of 28 to 64 pixels), resnet50, "
-        "resnet50w2, resnet50w4, resnet50w5",
+        help="CNN architecture: alexnet, vgg16, resnet18, resnet18s (for images of 28 to 64 pixels), "
+        "resnet50, resnet50w2, resnet50w4, resnet50w5",
     )
     group.add_argument(
         "--sobel",

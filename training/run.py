@@ -178,7 +178,8 @@ class Run:
             self.log(f"warning: --workers {args.workers}, but {of} has {cores} core(s); {cores} would do")
         return data.open_images(
             args.dir, args.shards, bad_list=self.exp / "bad_images.txt", skip_bad=args.skip_bad_images,
-            scaled=getattr(args, "scaled_decoding", False), workers=args.workers, enough=enough, log=self.log,
+            all_splits=getattr(args, "all_splits", False), scaled=getattr(args, "scaled_decoding", False),
+            workers=args.workers, enough=enough, log=self.log,
         )  # fmt: skip
 
     def network(self, net: Network, init: str | None = None) -> Network:
