@@ -50,9 +50,11 @@ def run_main(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace
         if signal.getsignal(signal.SIGINT) is quit_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         main(args)
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that went away
+    except UserError as error:
         fail(f"{name}: {error}")
-    except RuntimeError as error:
+    except OSError as error:  # a full disk, a folder that went away
+        fail(f"{name}: {explain(error) or error}")
+    except (RuntimeError, ValueError, EOFError) as error:
         known = explain(error)
         if known is None:
             raise
@@ -76,7 +78,7 @@ SHARED_MEMORY = (
 )
 KNOWN_ERRORS = {
     r"out of shared memory|allocate shared memory|Bus error|/torch_\S+: No space|shm_open": SHARED_MEMORY,
-    r"DataLoader worker .*(killed by signal|exited unexpectedly)": (
+    r"DataLoader worker .*(killed by signal|exited unexpectedly)|^Connection\w+Error|^EOFError": (
         "a data loading worker was killed, most likely by the system for want of memory; use fewer "
         "--workers, or a smaller --batch"
     ),

@@ -435,7 +435,7 @@ def test_other_networks_train_and_resume_exactly(photos, tmp_path, arch, flags):
     part = run(tmp_path / "part", "--epochs", 1)
     run(part, "--epochs", 2, "--resume", part / "checkpoints" / "checkpoint_1.pth.tar")
     assert_same_run(part, complete)
-    assert log_of(complete)[0]["loss"] == pytest.approx(math.log(4), rel=0.5)
+    assert all(0 < record["loss"] < 10 for record in log_of(complete))
     _, saved = features.read_clustering(complete)
     net = load(complete / "checkpoint.pth.tar")
     assert saved["layer"] == net.feature and net.arch == arch

@@ -312,7 +312,7 @@ class Run:
         """The next batch, None after the last one; where workers have died a checkpoint is written."""
         try:
             return next(batches, None)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             known = explain(error)
             if known is None:
                 raise
