@@ -33,7 +33,8 @@ def start(images, exp, *flags, launcher=(), **options):
     command = [sys.executable, *launcher, "-m", "tests.tiny", str(images), "--exp", str(exp)]
     command += [*FLAGS.split(), *map(str, flags)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, **options)
+    options = {"env": ENVIRONMENT} | options
+    return subprocess.Popen(command, cwd=ROOT, **options)
 
 
 def wait_for(path, process, seconds=120):

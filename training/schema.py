@@ -21,7 +21,7 @@ LARGEST = 2**53  # of a counter
 ASSIGNMENT = {"labels": (torch.int64, 1), "distances": (torch.float32, 1), "centroids": (torch.float32, 2)}
 
 
-class Wrong(Exception):
+class Wrong(ValueError):
     """What is wrong with a checkpoint, to be put behind its path."""
 
 
@@ -35,8 +35,9 @@ def read(path: str | Path) -> dict[str, Any]:
             "start from its weights use --init"
         )
     try:
-        for name, check in CHECKS.items():
-            check(name, saved[name])
+        for name, check in (CHECKS | OPTIONAL).items():
+            if name in saved:
+                check(name, saved[name])
         check_place(saved)
         for name, value in saved.items():
             check_values(name, value)
@@ -222,6 +223,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "parts": check_parts,
     "method": text,
 }
+OPTIONAL = {"state_dict": mapping, "optimizer": check_optimizer}
 PARTS = {"images": check_images, "labels": check_labels, "head": check_optimizer}
 
 

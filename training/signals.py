@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
@@ -27,17 +28,20 @@ class Signals:
         self._holds = 0
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
+        self._hook: Any = None
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             numbers = [number for number in HANDLED if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._swallowed
             self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise_again)
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook = self._hook
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
@@ -54,6 +58,11 @@ class Signals:
         else:
             self.asked = Preempted(f"{signal.Signals(number).name}: go on with --resume auto")
         self._raise()
+
+    def _swallowed(self, found: Any) -> None:
+        """Python tells of an exception that it swallows; of ours there is no need to, it comes again."""
+        if not isinstance(found.exc_value, Preempted):
+            self._hook(found)
 
     def _raise_again(self, *_: Any) -> None:
         if self.asked is not None and os.getpid() == self._process:

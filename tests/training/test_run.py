@@ -114,7 +114,7 @@ def test_dropout_is_on_in_training_and_follows_the_iteration(photos, tmp_path, m
     assert seeds[0][2] == derive_seed(31, "step", 1)
 
 
-# ------------------------------------------------------------------------------- checkpoints of earlier versions
+# ------------------------------------------------------------------------------- checkpoints of old versions
 
 V1 = ROOT / "tests" / "files" / "v1"
 
