@@ -6,7 +6,7 @@ Plain helpers are in tests/helpers.py (refuses, equal) and tests/small_run.py (w
 import pytest
 
 import models
-from tests import small_run, tiny, toy
+from tests import runs, small_run, tiny, toy
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -28,3 +28,9 @@ def photos(tmp_path_factory):
 def finished(photos, tmp_path_factory):
     """EXP of a run of the tiny network on `photos`, two epochs with 5 clusters. To be read only."""
     return small_run.train(photos, tmp_path_factory.mktemp("finished") / "exp")
+
+
+@pytest.fixture(scope="session")
+def whole(photos, tmp_path_factory):
+    """EXP of a run of 3 epochs of 4 steps, 8 clusters, a checkpoint every 3 steps. To be read only."""
+    return runs.train(photos, tmp_path_factory.mktemp("whole") / "exp", "--checkpoints", 3)

@@ -30,11 +30,12 @@ import data
 import distributed
 from data import ImageList, PlainView, RandomView
 from data.sampling import ShareSampler
+from data.views import Batch
 from features import Pass, extract_features
 from models.network import Network
 from models.parallel import Share, share_among_ranks
 from models.weights import init_weights
-from training import logs
+from training import logs, machine
 from training.announce import versions
 from training.folder import Folder, origin_of
 from training.optim import Schedule
@@ -48,6 +49,7 @@ from util import (
     Progress,
     UserError,
     derive_seed,
+    explain,
     peak_memory_gib,
     set_precision,
 )
@@ -78,42 +80,47 @@ class Run:
         self.position = self.iteration = 0
         self.record: dict[str, Any] = {"seconds": {}}
         self.meter = AverageMeter()
+        self._told = False
 
     # -- from start to end
 
     def __enter__(self) -> "Run":
         args = self.args
-        self.device = distributed.init(args.device)
+        self.signals.__enter__()
         try:
-            set_precision(args.precision, self.device)
-            self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
-            self.batch = getattr(args, "batch", None) or args.batch_size * distributed.world_size()
-            if self.batch < distributed.world_size():
-                raise UserError(
-                    f"--batch {self.batch}: is of all {distributed.world_size()} processes together"
-                )
+            self.device = distributed.init(args.device)
+            self._check_machine()
             self.log = Log(quiet=not distributed.is_main())
             args.resume = distributed.on_main(self._open_folder)
             self.resumed = args.resume is not None
             if self.resumed:
                 self._read(Path(args.resume))
             self.board = self._open_board() if getattr(args, "tensorboard", False) else None
-            self.signals.__enter__()
-        except BaseException:
-            self._leave()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         self.signals.__exit__()
-        self._leave()
+        self.folder.close()
+        distributed.shutdown()
         # What a library makes of a signal that came while it computed is not what ended the run.
         if self.signals.asked is not None and error is not None and not isinstance(error, Preempted):
             raise self.signals.asked from error
 
-    def _leave(self) -> None:
-        self.folder.close()
-        distributed.shutdown()
+    def _check_machine(self) -> None:
+        """Refuse settings that this machine cannot do, before anything is written."""
+        args, ranks = self.args, distributed.world_size()
+        set_precision(args.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        self.batch = getattr(args, "batch", None) or args.batch_size * ranks
+        if self.batch < ranks:
+            raise UserError(f"--batch {self.batch}: is of all {ranks} processes together")
+        if getattr(args, "image_size", None):
+            machine.check_shared_memory(args.workers, -(-self.batch // ranks), args.image_size)
+        if getattr(args, "compile", False):
+            machine.check_compiler(self.device)
 
     def _open_folder(self) -> str | None:
         """Lock EXP and find the checkpoint to go on from; a new run begins with an empty log."""
@@ -144,11 +151,12 @@ class Run:
         self.record = saved["record"]
         self.meter.sum, self.meter.count = saved["loss"]["sum"], saved["loss"]["count"]
         if self.scaler.is_enabled() and saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
+            self.parts.restore("scaler", self.scaler, saved["scaler"])
         distributed.on_main(self._restore_log, origin_of(path))
         self.log(f"resuming {path} in epoch {self.epoch} after {self.iteration} iterations")
 
     def _restore_log(self, origin: Path) -> None:
+        self.folder.set_aside((self.epoch, self.iteration), self.log)
         logs.take_over(self.lines.name, origin, self.exp)
         logs.keep_lines_before(self.lines, self.epoch)
 
@@ -262,30 +270,55 @@ class Run:
         rank after the same step, with a checkpoint.
         """
         sampler = ShareSampler(draws, self.batch, self.position, distributed.rank(), distributed.world_size())
+        self._check_sampler(sampler)
         view = view.at(self.args.seed, self.epoch)
         loader = data.make_loader(view, self.batch, self.args.workers, self.device, batch_sampler=sampler)
-        left, before = max(len(draws) - self.position * self.batch, 0), self.meter.count
+        left, before = sum(total for total, _ in sampler.shares()), self.meter.count
         progress = Progress(left, f"epoch {self.epoch} training", log=self.log)
-        steps = Steps(
-            net, optimizers, loss, self.device, self.args.precision, self.scaler, schedule, clip
-        )  # fmt: skip
+        steps = Steps(net, optimizers, loss, self.device, self.args.precision, self.scaler, schedule, clip)
         net.train()
         with self.signals.held():
-            for total, batch in deal(loader, sampler, self.share):
+            batches = deal(loader, sampler, self.share)
+            while (dealt := self._next(batches)) is not None:
+                total, batch = dealt
                 torch.manual_seed(self._before_step())
-                asked = self.signals.asked is not None
-                value, stopped = steps.step(batch, total, self.iteration - 1, asked)
+                value, stopped = steps.step(batch, total, self.iteration - 1, self.signals.asked is not None)
                 self.meter.update(value, total)
                 progress.update(total, f"loss {self.meter.avg:.4f}")
                 if stopped:
                     self._stop()
-        if not getattr(self.args, "sync_bn", True):
-            distributed.broadcast_tensors(
-                net.buffers()
-            )  # the first rank's running statistics are the network's
+            if not getattr(
+                self.args, "sync_bn", True
+            ):  # the first rank's running statistics are the network's
+                distributed.broadcast_tensors(net.buffers())
+            asked = torch.tensor([float(self.signals.asked is not None)])
+            if distributed.all_reduce(asked).item():  # it came in the last step, after that had asked
+                self._stop()
         progress.close(f"loss {self.meter.avg:.4f}")
         self.record["seconds"]["train"] = progress.seconds
         self._count_images("train", self.meter.count - before, progress.seconds)
+
+    def _check_sampler(self, sampler: ShareSampler) -> None:
+        """Refuse a place beyond the epoch; say, once, that its last two batches are one."""
+        if self.position > sampler.steps:
+            raise UserError(
+                f"--resume {self.args.resume}: stands at step {self.position} of an epoch that has "
+                f"{sampler.steps}; take another checkpoint"
+            )
+        if sampler.joined and not self._told:
+            self._told = True
+            self.log("the last batch of an epoch would be of one image, which joins the batch before it")
+
+    def _next(self, batches: Iterator[tuple[int, Batch]]) -> tuple[int, Batch] | None:
+        """The next batch, None after the last one; where workers have died a checkpoint is written."""
+        try:
+            return next(batches, None)
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            known = explain(error)
+            if known is None:
+                raise
+            self.save(self.folder.last)
+            raise UserError(f"{known}; the checkpoint is written, go on with --resume auto") from error
 
     def _count_images(self, what: str, number: int, seconds: float) -> None:
         rate = round(number / max(seconds, 1e-9), 1)
@@ -319,7 +352,9 @@ class Run:
         record = {"epoch": self.epoch, **self.record, **figures, "loss": loss, "iteration": self.iteration}
         if log_k is not None:
             record["loss_over_log_k"] = loss / log_k
-            self._warn(loss, log_k)
+            advice = logs.advice(self.epoch, loss, log_k)
+            if advice is not None:
+                self.log(f"warning: {advice}")
         seconds = record["seconds"] | {"total": sum(record["seconds"].values())}
         record["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
         record["peak_memory_gib"] = round(peak_memory_gib(), 3)
@@ -335,20 +370,6 @@ class Run:
         if self.board is not None:
             logs.to_tensorboard(self.board, record)
         return record
-
-    def _warn(self, loss: float, log_k: float) -> None:
-        if self.epoch < 2:
-            return
-        if loss > 1.1 * log_k:
-            self.log(
-                f"warning: the loss {loss:.3f} is far above log k = {log_k:.3f}, what guessing gives: "
-                "training diverges; try a lower --lr"
-            )
-        elif loss > 0.98 * log_k:
-            self.log(
-                f"warning: the loss {loss:.3f} is stuck at log k = {log_k:.3f}: the cluster ids are not "
-                "being learnt; try another --lr or a smaller --k"
-            )
 
     def save(self, path: Path) -> None:
         """Everything from which the run goes on exactly; `epoch` is the one to go on with."""
