@@ -113,8 +113,8 @@ def kmeans(
     By Faiss, on the first rank and all its GPUs, which takes all rows there; with `ranks`, or `spherical`
     (rows and centroids of norm 1), by Lloyd's iterations over the ranks, each of which keeps its rows.
     Labels and distances come from one more search after the last iteration; `objective` is the sum of squared
-    distances at the last iteration. Empty clusters are re-seeded by splitting a large one (Faiss's rule); with fewer distinct points than k some
-    stay empty. On the CPU two runs give the same bits.
+    distances at the last iteration. Empty clusters are re-seeded by splitting a large one (Faiss's rule);
+    with fewer distinct points than k some stay empty. On the CPU two runs give the same bits.
     Raises UserError for k < 1, k > N and points that are not finite.
     """
     if ranks or spherical:

@@ -6,10 +6,11 @@ flag are answered at once.
 
 import argparse
 import math
+import signal
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from util import fail
+from util import fail, quit_at_once
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +19,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc: str, **options: Any) -> None:
         """doc: the script's docstring, shown above the flags."""
         super().__init__(description=doc, formatter_class=_Help, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        """As argparse does. Of the process's own command line Ctrl-C from here on is one line."""
+        found = super().parse_args(args, namespace)
+        if args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, quit_at_once)  # until run_main: imports follow
+        return found
 
     def error(self, message: str) -> NoReturn:
         fail(f"{self.prog}: {message.removeprefix('argument ')} (--help tells the flags)")
@@ -94,6 +102,11 @@ def add_data(parser: argparse._ActionsContainer) -> None:
         metavar="PATTERN",
         help="instead of DIR: tar shards, e.g. 'train-{000000..000146}.tar' (tools/make_shards.py)",
     )
+    parser.add_argument(
+        "--all-splits",
+        action="store_true",
+        help="take all of a DIR that holds train/ and val/, which is refused otherwise",
+    )
     add_bad_images(parser)
 
 
@@ -101,7 +114,8 @@ def add_bad_images(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--skip-bad-images",
         action="store_true",
-        help="leave out files that cannot be decoded instead of stopping with their list",
+        help="leave out files that cannot be decoded and folders that cannot be read, instead of stopping at "
+        "their list",
     )
 
 

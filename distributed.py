@@ -5,8 +5,11 @@
 Consecutive images belong to each rank; what is to be whole again is gathered in the order of the ranks.
 """
 
+import ctypes
 import math
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
@@ -20,6 +23,7 @@ from util import UserError, choose_device
 # While the first process clusters, the others wait for it; a process that died is noticed by the launcher.
 TIMEOUT = timedelta(hours=1)
 CHUNK_BYTES = 64 * 2**20  # rows are gathered in pieces of this size
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAUNCHER_SETS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 
 
@@ -33,6 +37,7 @@ def init(device: str | None = None) -> torch.device:
     launched = all(name in os.environ for name in LAUNCHER_SETS) and int(os.environ["WORLD_SIZE"]) > 1
     if not launched or dist.is_initialized():
         return choose_device(device)
+    end_with_launcher()
     chosen = choose_device(device)
     if chosen.type == "cuda":
         chosen = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -43,6 +48,16 @@ def init(device: str | None = None) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=my_rank, world_size=size, timeout=TIMEOUT)
     return chosen
+
+
+def end_with_launcher() -> None:
+    """Have Linux send this process SIGTERM when the one that started it is gone, killed outright."""
+    if sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if os.getppid() != launcher:  # it went meanwhile
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def shutdown() -> None:

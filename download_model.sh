@@ -7,9 +7,8 @@
 #
 # Names: alexnet vgg16 alexnet-caffe vgg16-caffe, alexnet-clusters vgg16-clusters (both: clusters),
 # alexnet-features vgg16-features (both: features; 1.28 million x 4096 numbers, some 20 GB each), all (all of these).
-# A file that is there is left alone. One that broke off lies beside it as FILE.part and is continued; a file
-# gets its name once its size is what the server says and, if Python is at hand, once it opens.
-# Exit code 0: all are there; 2: a wrong name, no network, or a file that could not be had.
+# A file that broke off lies beside it as FILE.part and is continued; it gets its name once its size is what the
+# server says, it is no page and, where Python is at hand, it opens. Exit code 2: a file could not be had.
 #
 # Settings are variables: MODELROOT=~/deepcluster_models BASE=https://... RETRIES=5 (attempts after the first)
 # WAIT=3 (seconds between them) PYTHON=python3 (opens what was fetched; default: .venv, if it is there).
@@ -17,10 +16,9 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 MODELROOT=${MODELROOT:-$HOME/deepcluster_models}
+[[ $MODELROOT == /* ]] || MODELROOT=$PWD/$MODELROOT
 BASE=${BASE:-https://dl.fbaipublicfiles.com/deepcluster}
-RETRIES=${RETRIES:-5}
-WAIT=${WAIT:-3}
-
+python=${PYTHON:-$root/.venv/bin/python}
 networks=(alexnet vgg16 alexnet-caffe vgg16-caffe)
 clusters=(alexnet-clusters vgg16-clusters)
 features=(alexnet-features vgg16-features)
@@ -30,7 +28,6 @@ die() {
     exit 2
 }
 
-# The files of a name, relative to BASE and to MODELROOT.
 files_of() {
     local arch=${1%%-*}
     case $1 in
@@ -43,7 +40,6 @@ files_of() {
 }
 
 list() {
-    local name file state
     echo "from $BASE into $MODELROOT"
     for name in "${networks[@]}" "${clusters[@]}" "${features[@]}"; do
         for file in $(files_of "$name"); do
@@ -59,127 +55,88 @@ size_of() {
     if [[ -f $1 ]]; then wc -c <"$1" | tr -d ' '; else echo 0; fi
 }
 
-# The size that the server gives for a URL; empty if it gives none. Dies where there is no such file or no server.
-remote_size() {
-    local headers status=0
-    headers=$(curl -sSIL --connect-timeout 20 --retry 2 --retry-delay "$WAIT" "$1" 2>/dev/null) || status=$?
-    explain "$1" "$status" "$(awk 'toupper($1) ~ /^HTTP\// { code = $2 } END { print code }' <<<"$headers")"
-    awk 'toupper($1) ~ /^HTTP\// { size = "" } tolower($1) == "content-length:" { size = $2 + 0 }
-        END { if (size != "") printf "%.0f\n", size }' <<<"$headers"
+# What curl's exit code and the server's answer mean for the user.
+reason() {
+    case $1:$2 in
+        5:* | 6:* | 7:* | 28:*) echo "offline? cannot reach it; what is already there stays, try again later" ;;
+        23:*) echo "cannot write into $MODELROOT: is the disk full?" ;;
+        22:403 | 22:404 | 22:410) echo "the server has no such file ($2)" ;;
+        22:*) echo "the server refuses or fails ($2); try again later" ;;
+        *) echo "broke off (curl's error $1); run again to continue" ;;
+    esac
 }
 
-# Dies, in a line, where curl's exit status or the HTTP code say that another attempt would not help.
-explain() {
-    case $2 in
-        0) ;;
-        5 | 6 | 7) die "offline? cannot reach ${1%/*/*}; what is already there stays, try again later" ;;
-        23) die "cannot write into $MODELROOT: is the disk full?" ;;
-        28) die "offline? no answer from ${1%/*/*}; what is already there stays, try again later" ;;
-        35 | 60) die "no secure connection to ${1%/*/*} (curl's error $2)" ;;
-    esac
-    case $3 in
-        404 | 403 | 410) die "$1: the server has no such file ($3)" ;;
-        4?? | 5??) die "$1: the server refuses or fails ($3); try again later" ;;
+# opens FILE PART: fails, with a line of why, where PART is not what FILE's name says.
+opens() {
+    if head -c 512 "$2" | tr -d '\0' | LC_ALL=C grep -qiE '^[[:space:]]*<|<html'; then
+        echo "  it is a page of the web" >&2
+        return 1
+    fi
+    "$python" -c 'import torch' 2>/dev/null || return 0
+    cd "$root"
+    case $1 in
+        */checkpoint.pth.tar) "$python" -c 'import sys; from models import weights
+print(f"  {weights.load(sys.argv[1])}")' "$2" 2> >(tail -n 1 >&2) ;;
+        */*_cluster_assignment.pickle) "$python" -m formats.released "$2" | sed -n '1s/^/  /p' ;;
     esac
 }
 
 # fetch URL PART SIZE: fill PART up to SIZE (empty: unknown), going on where an earlier attempt broke off.
 fetch() {
-    local url=$1 part=$2 size=$3 attempt status code found
-    for ((attempt = 0; attempt <= RETRIES; attempt++)); do
-        if [[ -n $size && $(size_of "$part") -ge $size ]]; then return; fi
-        if ((attempt > 0)); then
-            echo "  broke off at $(size_of "$part") bytes; attempt $((attempt + 1)) of $((RETRIES + 1))"
-            sleep "$WAIT"
-        fi
+    local tries=0 status code
+    while [[ -z $3 || $(size_of "$2") -lt $3 ]]; do
         status=0
-        code=$(curl -fL --progress-bar --connect-timeout 20 --speed-limit 1 --speed-time 60 \
-            -C - -o "$part" -w '%{http_code}' "$url") || status=$?
-        if [[ -z $size && $status -eq 0 ]]; then return; fi
-        if [[ -n $size && $code == 416 ]]; then
-            found=$(size_of "$part")
-            rm -f "$part"
-            die "$url: ends after $found bytes, the server says $size; removed, run again"
-        fi
-        # 33: the server cannot continue a file; 416: there is nothing after what we have. Begin again.
-        if [[ $status -eq 33 || $code == 416 ]]; then
-            rm -f "$part"
-        elif [[ $status -eq 23 || $code == 4?? || $attempt -eq $RETRIES ]]; then
-            explain "$url" "$status" "$code"
-        fi
+        code=$(curl -fL --progress-bar --connect-timeout 20 --speed-limit 1 --speed-time 60 -C - -o "$2" \
+            -w '%{http_code}' "$1") || status=$?
+        [[ $status -ne 0 ]] || break
+        [[ $status -ne 33 ]] || rm -f "$2" # this server cannot continue a file
+        [[ $status -ne 23 && $code != 4?? && $tries -lt ${RETRIES:-5} ]] || die "$1: $(reason "$status" "$code")"
+        tries=$((tries + 1))
+        echo "  broke off at $(size_of "$2") bytes; attempt $((tries + 1))"
+        sleep "${WAIT:-3}"
     done
-    [[ -n $size ]] || die "$url: broke off $((RETRIES + 1)) times; run again to continue"
-}
-
-# The interpreter that opens what was fetched; empty: none, or none with PyTorch.
-find_python() {
-    local python=${PYTHON:-$root/.venv/bin/python}
-    if [[ -n ${PYTHON:-} ]]; then
-        command -v "$python" >/dev/null || die "PYTHON=$PYTHON: no such interpreter"
-    fi
-    if "$python" -c 'import torch' 2>/dev/null; then echo "$python"; fi
-}
-
-# Open a file under the name it will have; fails, with a line of why, if it is not what it should be.
-opens() {
-    case $1 in
-        */checkpoint.pth.tar)
-            (cd "$root" && "$python" -c 'import sys, checkpoint
-net = checkpoint.load_model(sys.argv[1])
-print(f"  {net.arch}, Sobel: {net.sobel is not None}")' "$2" 2> >(tail -n 1 >&2)) ;;
-        */*_cluster_assignment.pickle) "$python" "$root/released.py" "$2" | sed -n '1s/^/  /p' ;;
-    esac
 }
 
 get() {
-    local file=$1 target=$MODELROOT/$1 part=$MODELROOT/$1.part size found
+    local url=$BASE/$1 target=$MODELROOT/$1 part=$MODELROOT/$1.part status=0 headers size found
     if [[ -f $target ]]; then
-        echo "$file: already there ($(size_of "$target") bytes)"
+        echo "$1: already there ($(size_of "$target") bytes)"
         return
     fi
     mkdir -p "$(dirname "$target")" 2>/dev/null || die "cannot make the folder $(dirname "$target")"
-    size=$(remote_size "$BASE/$file")
-    echo "$file: ${size:-unknown number of} bytes, $(size_of "$part") of them there"
-    fetch "$BASE/$file" "$part" "$size"
+    headers=$(curl -fsIL --connect-timeout 20 --retry 2 "$url") || status=$?
+    found=$(awk 'toupper($1) ~ /^HTTP\// { code = $2 } END { print code }' <<<"$headers")
+    [[ $status -eq 0 ]] || die "$url: $(reason "$status" "$found")"
+    size=$(awk 'toupper($1) ~ /^HTTP\// { size = "" } tolower($1) == "content-length:" { size = $2 + 0 }
+        END { if (size != "") printf "%.0f", size }' <<<"$headers")
+    echo "$1: ${size:-unknown number of} bytes, $(size_of "$part") of them there"
+    fetch "$url" "$part" "$size"
     found=$(size_of "$part")
-    if [[ -n $size && $found -lt $size ]]; then
-        die "$file: $found of $size bytes after $((RETRIES + 1)) attempts; run again to continue"
-    fi
-    if [[ -n $size && $found -ne $size ]]; then
+    if [[ $found -ne ${size:-$found} ]]; then
         rm -f "$part"
-        die "$file: got $found bytes, the server says $size; removed, run again"
-    fi
-    if [[ -n $python ]] && ! opens "$target" "$part"; then
+        die "$1: got $found bytes, the server says $size; removed, run again"
+    elif ! (opens "$target" "$part"); then
         rm -f "$part"
-        die "$file: was fetched whole but does not open; removed, run again"
+        die "$1: was fetched whole but is not what it should be; removed, run again"
     fi
     mv "$part" "$target"
-    echo "$file: complete ($found bytes)"
+    echo "$1: complete ($found bytes)"
 }
 
 names=()
 for argument in "$@"; do
     case $argument in
-        -h | --help)
-            sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p;}' "$root/download_model.sh"
-            exit
-            ;;
+        -h | --help) sed -n '2,/^set -euo/{/^set -euo/d;s/^# \{0,1\}//;p;}' "$root/download_model.sh" && exit ;;
         list | --list) list && exit ;;
         all) names+=("${networks[@]}" "${clusters[@]}" "${features[@]}") ;;
         clusters) names+=("${clusters[@]}") ;;
         features) names+=("${features[@]}") ;;
-        *)
-            files_of "$argument" >/dev/null
-            names+=("$argument")
-            ;;
+        *) files_of "$argument" >/dev/null && names+=("$argument") ;;
     esac
 done
-[[ ${#names[@]} -gt 0 ]] || names=("${networks[@]}")
 command -v curl >/dev/null || die "curl is not installed (Debian: apt install curl)"
-python=$(find_python)
-[[ -n $python ]] || echo "no Python with PyTorch at hand (PYTHON=...): files are checked by size only"
-
-for name in "${names[@]}"; do
+[[ -z ${PYTHON:-} ]] || command -v "$python" >/dev/null || die "PYTHON=$PYTHON: no such interpreter"
+for name in "${names[@]:-${networks[@]}}"; do
     for file in $(files_of "$name"); do
         get "$file"
     done

@@ -6,7 +6,8 @@
 #
 # Settings are variables with these defaults: SPLIT=trainval FC6_8=1 TRAIN_BATCHNORM=1 EVAL_RANDOM_CROPS=1
 # NIT=80000 STEPSIZE=5000 LR=0.003 BATCH=16 EXP=exp WORKERS=12 (or the number of cores). A flag wins over them.
-# TRAIN_BATCHNORM=1 is the setting published with 72.0 mAP, TRAIN_BATCHNORM=0 the one with 70.4.
+# TRAIN_BATCHNORM=1 is the setting of the paper's figure, TRAIN_BATCHNORM=0 the one of its erratum
+# (docs/results.md). Add --resume auto to go on where it was stopped.
 # eval_voc_classif_fc6_8.sh and eval_voc_classif_all.sh run this with other defaults.
 # PYTHON=... names an interpreter to use instead of making .venv.
 set -euo pipefail

@@ -99,6 +99,15 @@ def extract_features(
     return features, sorted(broken)
 
 
+def without_rows(features: np.ndarray, broken: list[int], rows: range) -> np.ndarray:
+    """Features (len(rows), D) of the images `rows` without those of the broken ones, in the same memory."""
+    kept = np.setdiff1d(np.arange(rows.start, rows.stop), broken) - rows.start
+    for start in range(0, len(kept), 1024):  # kept[i] >= i, so no row is overwritten unread
+        block = kept[start : start + 1024]
+        features[start : start + len(block)] = features[block]
+    return features[: len(kept)]
+
+
 # ---------------------------------------------------------------------------------------- features -> points
 
 

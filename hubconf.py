@@ -30,76 +30,67 @@ _ROOT = pathlib.Path(__file__).resolve().parent
 _PREFIX = "deepcluster_hub"
 
 
-def alexnet(
-    weights: str | os.PathLike | None = None,
-    sobel: bool | None = None,
-    num_clusters: int | None = None,
-    seed: int | None = None,
-    progress: bool = True,
-) -> torch.nn.Module:
-    """AlexNet with batch normalisation, in eval mode.
+def _entry(arch: str, what: str, sobel_first: bool) -> collections.abc.Callable[..., torch.nn.Module]:
+    """The entry point of an architecture; sobel_first: whether it has Sobel filters unless told otherwise."""
+
+    def build(
+        weights: str | os.PathLike | None = None,
+        sobel: bool | None = None,
+        num_clusters: int | None = None,
+        seed: int | None = None,
+        progress: bool = True,
+    ) -> torch.nn.Module:
+        if weights is None:
+            return _models().build(arch, sobel_first if sobel is None else sobel, num_clusters, seed).eval()
+        net = _from_url(str(weights), progress) if _is_url(weights) else _weights().load(str(weights))
+        outputs = net.top_layer.out_features if net.top_layer is not None else None
+        for name, wanted, found in (
+            ("arch", arch, net.arch),
+            ("sobel", sobel, net.sobel is not None),
+            ("num_clusters", num_clusters, outputs),
+        ):
+            if wanted is not None and wanted != found:
+                raise ValueError(f"{weights}: its {name} is {found}, not {wanted}")
+        return net
+
+    build.__name__ = build.__qualname__ = arch
+    build.__doc__ = f"""{what}, in eval mode.
 
     weights (str): a checkpoint file, or a URL, which is downloaded once into torch.hub's folder; ours or the
         authors'. Opened without running what is in it. None: random weights.
-    sobel (bool): Sobel filters in front. None: as the weights say, or with them where there are none.
-    num_clusters (int): outputs of the head. None: as the weights say, or no head; the network then gives fc7.
+    sobel (bool): Sobel filters in front. None: as the weights say; where there are none, {sobel_first}.
+    num_clusters (int): outputs of the head. None: as the weights say, or no head; the network then gives its
+        features.
     seed (int): fixes the random weights.
     progress (bool): show a bar while downloading.
     """
-    return _network("alexnet", weights, sobel, num_clusters, seed, progress)
+    return build
 
 
-def vgg16(
-    weights: str | os.PathLike | None = None,
-    sobel: bool | None = None,
-    num_clusters: int | None = None,
-    seed: int | None = None,
-    progress: bool = True,
-) -> torch.nn.Module:
-    """VGG-16, configuration D, with batch normalisation, in eval mode. Arguments as those of alexnet."""
-    return _network("vgg16", weights, sobel, num_clusters, seed, progress)
-
-
-def _network(
-    arch: str,
-    weights: str | os.PathLike | None,
-    sobel: bool | None,
-    num_clusters: int | None,
-    seed: int | None,
-    progress: bool,
-) -> torch.nn.Module:
-    checkpoint, models = _load_modules("checkpoint", "models")
-    if weights is None:
-        return models.build(arch, sobel is not False, num_clusters, seed).eval()
-    net = (
-        _from_url(checkpoint, str(weights), progress) if _is_url(weights) else checkpoint.load_model(weights)
-    )
-    outputs = net.top_layer.out_features if net.top_layer is not None else None
-    for name, wanted, found in (
-        ("arch", arch, net.arch),
-        ("sobel", sobel, net.sobel is not None),
-        ("num_clusters", num_clusters, outputs),
-    ):
-        if wanted is not None and wanted != found:
-            raise ValueError(f"{weights}: its {name} is {found}, not {wanted}")
-    return net
+alexnet = _entry("alexnet", "AlexNet with batch normalisation", sobel_first=True)
+vgg16 = _entry("vgg16", "VGG-16, configuration D, with batch normalisation", sobel_first=True)
+resnet18 = _entry("resnet18", "ResNet-18", sobel_first=False)
+resnet50 = _entry("resnet50", "ResNet-50", sobel_first=False)
+resnet50w2 = _entry("resnet50w2", "ResNet-50, twice as wide", sobel_first=False)
+resnet50w4 = _entry("resnet50w4", "ResNet-50, four times as wide", sobel_first=False)
+resnet50w5 = _entry("resnet50w5", "ResNet-50, five times as wide", sobel_first=False)
 
 
 def _is_url(weights: str | os.PathLike) -> bool:
     return re.match(r"[a-z][a-z0-9+.-]+://", str(weights), re.IGNORECASE) is not None
 
 
-def _from_url(checkpoint: types.ModuleType, url: str, progress: bool) -> torch.nn.Module:
+def _from_url(url: str, progress: bool) -> torch.nn.Module:
     """Download once and read. The file's name tells URLs apart: the authors' are all checkpoint.pth.tar."""
     folder = pathlib.Path(torch.hub.get_dir()) / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     name = pathlib.PurePosixPath(urllib.parse.urlsplit(url).path).name
     path = folder / f"deepcluster-{hashlib.sha256(url.encode()).hexdigest()[:12]}-{name}"
     if path.is_file():
-        return checkpoint.load_model(path)
+        return _weights().load(path)
     torch.hub.download_url_to_file(url, str(path), progress=progress)
     try:
-        return checkpoint.load_model(path)
+        return _weights().load(path)
     except Exception:  # cut off, or no checkpoint: the next call has to download again
         path.unlink(missing_ok=True)
         raise
@@ -108,10 +99,18 @@ def _from_url(checkpoint: types.ModuleType, url: str, progress: bool) -> torch.n
 # ---------------------------------------------------------------------------------------- modules
 
 
+def _models() -> types.ModuleType:
+    return _load_modules("models", "models.weights")[0]
+
+
+def _weights() -> types.ModuleType:
+    return _load_modules("models", "models.weights")[1]
+
+
 def _load_modules(*names: str) -> list[types.ModuleType]:
     """This repository's modules, whatever the caller has loaded under the same names."""
-    if all(_is_ours(sys.modules.get(name)) for name in names):  # the caller is this repository
-        return [sys.modules[name] for name in names]
+    if _is_ours(sys.modules.get(names[0])):  # the caller is this repository
+        return [importlib.import_module(name) for name in names]
     if all(f"{_PREFIX}.{name}" in sys.modules for name in names):
         return [sys.modules[f"{_PREFIX}.{name}"] for name in names]
     with _only_ours():

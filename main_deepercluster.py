@@ -243,8 +243,8 @@ def check_enough(clusters: int, images: ImageList) -> None:
     """Refuse more clusters than images."""
     if clusters > len(images):
         raise UserError(
-            f"--k {clusters}: more clusters than images, {images.name} has {len(images)}; 20 images a cluster or "
-            "more are advised"
+            f"--k {clusters}: more clusters than images, {images.name} has {len(images)}; 20 or more a "
+            "cluster are advised"
         )
     if len(images) < 2:
         raise UserError(f"{images.name}: {len(images)} image is not enough to cluster")

@@ -7,12 +7,15 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import resource
+import signal
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -25,8 +28,11 @@ class UserError(Exception):
     """A mistake the user can mend: its message is one line that names the thing and the way out."""
 
 
-class Preempted(Exception):
-    """A signal ends the run, which can go on later: exit code 75, "try again" (EX_TEMPFAIL of sysexits.h)."""
+class Preempted(BaseException):
+    """A signal ends the run, which can go on later: exit code 75, "try again" (EX_TEMPFAIL of sysexits.h).
+
+    No Exception: it may be raised anywhere, also where every error is taken for that of a broken image.
+    """
 
     exit_code = 75
 
@@ -41,13 +47,54 @@ def run_main(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace
     """Call `main(args)`; a UserError becomes one line and exit code 2."""
     name = Path(sys.argv[0]).name
     try:
+        if signal.getsignal(signal.SIGINT) is quit_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main(args)
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that went away
+    except UserError as error:
         fail(f"{name}: {error}")
+    except OSError as error:  # a full disk, a folder that went away
+        fail(f"{name}: {explain(error) or error}")
+    except (RuntimeError, ValueError, EOFError) as error:
+        known = explain(error)
+        if known is None:
+            raise
+        fail(f"{name}: {known}")
     except Preempted as stop:
         fail(f"{name}: {stop}", stop.exit_code)
     except KeyboardInterrupt:
         fail(f"{name}: interrupted", Interrupted.exit_code)
+
+
+def quit_at_once(number: int, _: FrameType | None) -> NoReturn:
+    """A handler for Ctrl-C while there is nothing to save, such as during the imports: exit code 130."""
+    say(f"{Path(sys.argv[0]).name}: interrupted", sys.stderr)
+    os._exit(Interrupted.exit_code)
+
+
+# What libraries say where the machine is too small, and what a user can do about it.
+SHARED_MEMORY = (
+    "the shared memory of this machine (/dev/shm) is too small for data loading workers; use --workers 0, or "
+    "give it more (docker run --shm-size=8g)"
+)
+KNOWN_ERRORS = {
+    r"out of shared memory|allocate shared memory|Bus error|/torch_\S+: No space|shm_open": SHARED_MEMORY,
+    r"DataLoader worker .*(killed by signal|exited unexpectedly)|^Connection\w+Error|^EOFError": (
+        "a data loading worker was killed, most likely by the system for want of memory; use fewer "
+        "--workers, or a smaller --batch"
+    ),
+    r"out of memory|can't allocate memory": "out of memory; use a smaller --batch, or smaller images",
+    r"Expected more than 1 value per channel": (
+        "batch norm has a single value to average, as a batch has one image and maps are 1 x 1; use a larger "
+        "--batch, larger images, or --sync-bn with several processes"
+    ),
+}
+
+
+def explain(error: Exception) -> str | None:
+    """One line on an error of a library that tells of the machine or of the settings; None for others."""
+    text = f"{type(error).__name__} {error}"
+    found = (line for pattern, line in KNOWN_ERRORS.items() if re.search(pattern, text))
+    return next(found, None)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -68,9 +115,20 @@ def say(text: str, stream: IO | None = None, end: str = "\n") -> bool:
     text = text.encode(errors="surrogateescape").decode(errors="replace")
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, end=end, flush=True)
-    except (BrokenPipeError, ValueError):  # nobody reads any more, or the stream was closed
+    except ValueError:  # the stream was closed
+        return False
+    except OSError:  # nobody reads any more, the terminal is gone, the disk of a redirection is full
+        _discard(stream)
         return False
     return True
+
+
+def _discard(stream: IO) -> None:
+    """Let the stream write into nothing: Python's own flush at the exit would fail on what is left in it."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
 
 
 # ---------------------------------------------------------------------------------------- randomness

@@ -1,6 +1,7 @@
 """How well two labellings of the same rows agree, and how rows spread over clusters."""
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln
 
 
@@ -30,6 +31,16 @@ def compare(labels_a: np.ndarray, labels_b: np.ndarray) -> dict[str, float]:
     room = (entropy_a + entropy_b) / 2 - expected
     ami = (mutual - expected) / (np.copysign(max(abs(room), np.finfo(np.float64).eps), room))
     return {"nmi": float(nmi), "ami": float(ami)}
+
+
+def hungarian_accuracy(labels: np.ndarray, classes: np.ndarray) -> float:
+    """Share of rows that are right under the best one-to-one map from clusters to classes.
+
+    labels and classes: (N,) int64 from 0; a cluster without a class of its own counts as wrong.
+    """
+    joint = np.zeros((labels.max() + 1, classes.max() + 1), np.int64)
+    np.add.at(joint, (labels, classes), 1)
+    return float(joint[linear_sum_assignment(joint, maximize=True)].sum() / len(labels))
 
 
 def describe_sizes(sizes: np.ndarray) -> dict[str, float]:

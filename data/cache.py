@@ -86,6 +86,8 @@ class CropCache:
 
     def write(self, i: int, crop: torch.Tensor) -> None:
         """Keep crop i, (3, size, size) uint8. Processes that write the same crop do no harm to each other."""
+        if crop.shape != self.shape[1:]:
+            raise ValueError(f"a crop cache of {self.shape[1:]} was given a view {tuple(crop.shape)}")
         rows, sums = self._open()
         size = self.shape[-1]
         pixels = rows[i].view(np.uint8)[: crop.numel()].reshape(size, size, 3)

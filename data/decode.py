@@ -26,7 +26,11 @@ NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 Image.init()
 # JPEG first: it is what most folders hold, and formats are tried in order.
 FORMATS = tuple(sorted(set(Image.OPEN) - NOT_RASTER, key=lambda name: (name != "JPEG", Image.ID.index(name))))
-EXTENSIONS = frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS)
+# Of JPEG files, which Pillow opens but does not list: several pictures in one file, and other spellings.
+JPEG_TOO = {".mpo", ".jps", ".jif", ".jfi", ".pjp", ".pjpeg"}
+EXTENSIONS = (
+    frozenset(end for end, name in Image.registered_extensions().items() if name in FORMATS) | JPEG_TOO
+)
 
 # Pillow remarks on odd metadata and on images that are large but within its limit. Neither is an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -6,7 +6,7 @@ Labels live in the main process as one array, gathered by index, so no worker ho
 import copy
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data.decode import EXTENSIONS, ImageError, decode_bytes, read_file
+from data.scan import scan
 from util import UserError
 
 
@@ -45,7 +46,8 @@ class ImageList:
     root: folder the paths start from; paths: N relative paths; classes: (N,) int64 ids into class_names, or
     None where the folder has none. Classes serve logs and evaluations; DeepCluster never trains on them.
     scaled, False unless set: decode large photographs at a fraction of their size (see `decode_file`). name:
-    what the user calls it. skipped: paths of images that were left out (`drop`).
+    what the user calls it. skipped: paths of images that were left out (`drop`). notes: lines on what was
+    passed over when it was listed.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class ImageList:
         self.scaled = False
         self.name = str(root)
         self.skipped: list[str] = []
+        self.notes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -139,71 +142,55 @@ class ImageList:
         return self.paths.digest()
 
 
-def list_images(source: str | Path) -> ImageList:
+def list_images(source: str | Path, skip_unread: bool = False, all_splits: bool = False) -> ImageList:
     """List the images of a folder, or those that a text file names (one path a line).
 
     In a folder: every file with an ending that Pillow reads, sub-folders and linked folders included, hidden
     ones left out, in the order of torchvision's ImageFolder (class folder, then folder, then file name). In a
     text file: its order; paths are absolute or relative to its folder; blank lines and lines starting with #
     are skipped. Classes are the first-level sub-folders if there are two or more and no image lies beside
-    them.
+    them. `notes` of the list tells what was passed over: other files, folders of systems and of runs.
 
-    Raises UserError if the source does not exist, holds no image, or names files that do not exist.
+    skip_unread: leave out folders that cannot be read, with a note. all_splits: a folder that holds train/
+    and val/ is meant to be one set. Raises UserError if either is the case and not asked for, if the source
+    does not exist, holds no image, or names files that do not exist.
     """
-    source = Path(source)
+    source, notes = Path(source), []
     if source.is_dir():
-        root, paths = source, _scan(source)
-        if not paths:
-            raise UserError(
-                f"no image found in {source}: looked there and in all its sub-folders for files ending in "
-                f".jpg, .png or another of the {len(EXTENSIONS)} endings Pillow reads (hidden files left out)"
-            )
+        root, (paths, notes) = source, _scan_folder(source, skip_unread, all_splits)
     elif source.exists():
         root, paths = _read_path_list(source)
     else:
         raise UserError(f"{source} does not exist (expected a folder of images or a text file of paths)")
     images = ImageList(root, paths, *classes_of(paths))
-    images.name = str(source)
+    images.name, images.notes = str(source), notes
     return images
 
 
-def _scan(root: Path) -> list[str]:
-    """Relative paths of all images under root, in ImageFolder's order."""
-    found = list(_walk(str(root), "", frozenset()))
-    found.sort(key=lambda entry: (entry[0].split("/", 1)[0], entry[0]))
-    return [f"{folder}/{name}" if folder else name for folder, names in found for name in names]
-
-
-def _walk(root: str, folder: str, above: frozenset) -> Iterator[tuple[str, list[str]]]:
-    """Yield (folder relative to root, sorted image names in it) for every folder that holds images.
-
-    Linked folders are followed; `above` holds the (device, inode) of the folders on the way down, and one
-    that is met again below itself ends the descent.
-    """
-    here = os.path.join(root, folder)
-    try:
-        status = os.stat(here)
-        with os.scandir(here) as entries:
-            entries = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {here}: {error.strerror}") from error
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    names = sorted(entry.name for entry in entries if _looks_like_image(entry))
-    if names:
-        yield folder, names
-    for entry in entries:
-        if entry.is_dir():
-            below = f"{folder}/{entry.name}" if folder else entry.name
-            yield from _walk(root, below, above | {identity})
-
-
-def _looks_like_image(entry: os.DirEntry) -> bool:
-    """Whether an entry is an image by its ending; a dangling link counts, to be reported as broken."""
-    if os.path.splitext(entry.name)[1].lower() not in EXTENSIONS:
-        return False
-    return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+def _scan_folder(source: Path, skip_unread: bool, all_splits: bool) -> tuple[list[str], list[str]]:
+    """(relative paths of the images below a folder, lines on what was passed over)."""
+    found = scan(str(source))
+    notes = found.notes()
+    if found.unread:
+        what = f"{len(found.unread)} folder(s) below {source} cannot be read ({found.unread_folders()})"
+        if not skip_unread:
+            raise UserError(f"{what}; make them readable, or leave them out with --skip-bad-images")
+        notes.append(f"warning: left out, {what}")
+    paths = found.paths()
+    if not paths:
+        passed_over = "".join(f"; {note}" for note in notes)
+        raise UserError(
+            f"no image found in {source}: looked there and in all its sub-folders for files ending in "
+            f".jpg, .png or another of the {len(EXTENSIONS)} endings Pillow reads (hidden files left out)"
+            + passed_over
+        )
+    splits = found.splits()
+    if splits and not all_splits:
+        raise UserError(
+            f"{source} holds {' and '.join(f'{split}/' for split in splits)}, which would become one set "
+            f"with these as classes: give {source / 'train'}, or take all of it with --all-splits"
+        )
+    return paths, notes
 
 
 def _read_path_list(source: Path) -> tuple[Path, list[str]]:

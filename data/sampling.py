@@ -100,17 +100,29 @@ class ShareSampler(Sampler[list[tuple[int, ...]]]):
 
     The draws are cut into global batches of `batch`, starting with the one numbered `first`; of each a rank
     takes consecutive rows, so that together the ranks do what one process does. A rank that has no row of the
-    last batch gets no list for it; `shares` tells for every global batch (its size, this rank's rows).
+    last batch gets no list for it; `shares` tells for every global batch (its size, this rank's rows). A last
+    batch of one image, over which batch norm has no variance, joins the one before it.
     """
 
     def __init__(self, draws: np.ndarray, batch: int, first: int = 0, rank: int = 0, ranks: int = 1) -> None:
         self.draws, self.batch, self.first = draws, batch, first
         self.rank, self.ranks = rank, ranks
 
+    @property
+    def joined(self) -> bool:
+        """Whether a last batch of one image joins the one before it."""
+        return len(self.draws) > self.batch > 1 and len(self.draws) % self.batch == 1
+
+    @property
+    def steps(self) -> int:
+        """How many global batches the whole epoch has."""
+        return -(-len(self.draws) // self.batch) - self.joined
+
     def shares(self) -> Iterator[tuple[int, range]]:
         """(size of the global batch, this rank's rows in it) for every step."""
-        for start in range(self.first * self.batch, len(self.draws), self.batch):
-            total = min(self.batch, len(self.draws) - start)
+        for step in range(self.first, self.steps):
+            last = step == self.steps - 1
+            total = len(self.draws) - step * self.batch if last else self.batch
             yield total, range(total * self.rank // self.ranks, total * (self.rank + 1) // self.ranks)
 
     def __len__(self) -> int:

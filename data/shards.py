@@ -30,6 +30,7 @@ from util import UserError
 
 PATHS_MEMBER = "__paths__"
 
+CLASS_BYTES = 255  # of a class's name
 BLOCK = 512  # bytes; a tar file is made of such blocks
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
@@ -136,7 +137,8 @@ def list_shards(pattern: str | Path, threads: int = 16) -> ShardList:
     in shards from elsewhere the contents of .cls members if every image has one.
 
     Raises UserError for a pattern that names no file or a missing one, a shard that is compressed, truncated
-    or no tar file, two images of one name, and shards without an image.
+    or no tar file, two images of one name, a name that leaves the folder, an image that is a link, and shards
+    without an image.
     """
     names = expand(str(pattern))
     base_plus_ext = import_webdataset().tariterators.base_plus_ext
@@ -239,7 +241,7 @@ def _index(shard: str, split: Callable[[str], tuple[str | None, str | None]]) ->
         name = name.removeprefix("./")
         key, ending = split(name)
         if name == PATHS_MEMBER:
-            own_paths = json.loads(os.pread(handle.fd, size, offset))
+            own_paths = _read_paths(shard, os.pread(handle.fd, size, offset))
         elif key is None or name.startswith("__") or os.path.basename(name).startswith("."):
             continue  # of webdataset itself, or hidden
         elif os.path.splitext(name)[1].lower() in EXTENSIONS:
@@ -248,15 +250,44 @@ def _index(shard: str, split: Callable[[str], tuple[str | None, str | None]]) ->
             labels[key] = (offset, size)
     chosen = [_image_of(shard, key, candidates) for key, candidates in images.items()]
     places = [(offset, size) for _, offset, size in chosen]
+    for name in own_paths or [name for name, *_ in chosen]:
+        check_name(name, shard)
     if own_paths is None:
-        read = {
-            key: os.pread(handle.fd, size, offset).decode("utf-8", "replace").strip()
-            for key, (offset, size) in labels.items()
-        }
+        read = {key: _read_class(shard, handle.fd, key, *place) for key, place in labels.items()}
         return _Index([name for name, *_ in chosen], places, [read.get(key) for key in images], False)
     if len(own_paths) != len(chosen):
         raise UserError(f"{shard}: {len(chosen)} images but {len(own_paths)} paths; write the shard again")
     return _Index(own_paths, places, [None] * len(chosen), True)
+
+
+def check_name(name: str, where: str) -> None:
+    """Raise UserError for a name that leaves the folder, or that breaks the line it is written in."""
+    if name.startswith("/") or ".." in name.split("/") or not name or set(name) & set("\0\n\r"):
+        raise UserError(
+            f"{where}: holds an image of the name {name[:200]!r}, which no image below a folder has"
+        )
+
+
+def _read_paths(shard: str, content: bytes) -> list[str]:
+    """The paths that tools/make_shards.py stored: a JSON list of texts that can be file names."""
+    try:
+        paths = json.loads(content)
+        if not isinstance(paths, list):
+            raise TypeError
+        for path in paths:
+            os.fsencode(path if isinstance(path, str) else None)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{shard}: its {PATHS_MEMBER} is no JSON list of paths; write the shard again"
+        ) from error
+    return paths
+
+
+def _read_class(shard: str, fd: int, key: str, offset: int, size: int) -> str:
+    """The content of a .cls member."""
+    if size > CLASS_BYTES:
+        raise UserError(f"{shard}: the class of {key[:200]!r} is {size} bytes long, not a number or a name")
+    return os.pread(fd, size, offset).decode("utf-8", "replace").strip()
 
 
 def _image_of(shard: str, key: str, candidates: list[tuple[str, int, int]]) -> tuple[str, int, int]:
@@ -291,12 +322,12 @@ def _members(shard: str, fd: int) -> Iterator[tuple[str, int, int]]:
                 return
             yield from _members_by_tarfile(shard, fd, start)
             return
-        size = header[124:136].strip(b" \0")
+        size = _octal(header[124:136])
         kind = header[156:157]  # 0 and \0: a file, 5: a folder
-        if kind not in b"05\0" or not size.isdigit():
+        if kind not in b"05\0" or size is None:
             yield from _members_by_tarfile(shard, fd, start)
             return
-        position, size = position + BLOCK, int(size, 8)
+        position += BLOCK
         if position + size > length:
             break
         name = header[: header.index(b"\0")] if header[99] == 0 else header[:100]
@@ -310,10 +341,19 @@ def _members(shard: str, fd: int) -> Iterator[tuple[str, int, int]]:
 
 def _only_tells_the_time(blocks: bytes) -> bool:
     """Whether the pax header in blocks[:512] fills one block and says nothing of a member's name and size."""
-    size = blocks[124:136].strip(b" \0")
+    size = _octal(blocks[124:136])
     text = blocks[BLOCK : 2 * BLOCK]
-    known = size.isdigit() and 0 < int(size, 8) <= BLOCK
-    return known and not (b" path=" in text or b" size=" in text or b"GNU.sparse" in text)
+    return (
+        size is not None
+        and 0 < size <= BLOCK
+        and not (b" path=" in text or b" size=" in text or b"GNU.sparse" in text)
+    )
+
+
+def _octal(field: bytes) -> int | None:
+    """A number of a header; None for one that is written in another way."""
+    digits = field.strip(b" \0")
+    return int(digits, 8) if digits and not digits.strip(b"01234567") else None
 
 
 def _members_by_tarfile(shard: str, fd: int, position: int) -> Iterator[tuple[str, int, int]]:
@@ -322,6 +362,7 @@ def _members_by_tarfile(shard: str, fd: int, position: int) -> Iterator[tuple[st
     for magic, command in COMPRESSED.items():
         if start.startswith(magic):
             raise UserError(f"{shard} is compressed: nothing in it can be read at random; {command} it first")
+    length = os.fstat(fd).st_size
     with open(shard, "rb") as file:
         file.seek(position)
         end = position
@@ -329,13 +370,22 @@ def _members_by_tarfile(shard: str, fd: int, position: int) -> Iterator[tuple[st
             with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
                 for member in tar:
                     end = member.offset_data + _padded(member.size if member.isreg() else 0)
-                    if end > os.fstat(fd).st_size:
+                    if member.size < 0 or end > length:
+                        end = length
                         break
                     if member.isreg() and not member.issparse():
                         yield member.name, member.offset_data, member.size
-        except (tarfile.TarError, ValueError, EOFError) as error:
-            raise UserError(f"{shard} is no tar file, or is damaged after {end} bytes: {error}") from error
-    if os.pread(fd, BLOCK, end).strip(b"\0") or end + BLOCK > os.fstat(fd).st_size:
+                    elif not member.isdir() and os.path.splitext(member.name)[1].lower() in EXTENSIONS:
+                        raise UserError(
+                            f"{shard}: {member.name[:200]!r} is a link, a device or a file with holes, not "
+                            "an image's bytes; write the shard with the files themselves"
+                        )
+        except UserError:
+            raise
+        except Exception as error:  # tarfile meets a damaged file with nearly any of them
+            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+            raise UserError(f"{shard} is no tar file, or is damaged after {end} bytes: {reason}") from error
+    if end + BLOCK > length or os.pread(fd, BLOCK, end).strip(b"\0"):
         raise UserError(f"{shard} is truncated or damaged after {end} bytes")
 
 

@@ -13,14 +13,20 @@ from util import Log, UserError, atomic_write, make_folder
 Bad = list[tuple[int, str]]  # (index of an image, why it cannot be decoded)
 
 
-def list_source(folder: str | None, shards: str | None = None, scaled: bool = False) -> ImageList:
+def list_source(
+    folder: str | None,
+    shards: str | None = None,
+    scaled: bool = False,
+    skip_bad: bool = False,
+    all_splits: bool = False,
+) -> ImageList:
     """The images of DIR or of --shards PATTERN; scaled: large JPEGs are decoded at a fraction of their size.
 
     Raises UserError unless the images are named in one of the two ways.
     """
     if (folder is None) == (shards is None):
         raise UserError("give the images as DIR or as --shards PATTERN, one of them")
-    images = list_shards(shards) if shards else list_images(folder)
+    images = list_shards(shards) if shards else list_images(folder, skip_bad, all_splits)
     images.scaled = scaled
     return images
 
@@ -31,6 +37,7 @@ def open_images(
     *,
     bad_list: str | Path,
     skip_bad: bool = False,
+    all_splits: bool = False,
     scaled: bool = False,
     workers: int = 1,
     enough: Callable[[ImageList], None] | None = None,
@@ -39,10 +46,13 @@ def open_images(
     """The images of DIR or of shards, their headers looked at; the one way to images for all commands.
 
     Of several processes the first one looks. Files that are no images stop here with a UserError, and
-    bad_list, a file, names them all; with skip_bad they are left out. enough(images) may refuse to go on: it
-    is asked before anything is read, and again if images were left out.
+    bad_list, a file, names them all; with skip_bad they are left out, as are folders that cannot be read.
+    all_splits: DIR may hold train/ and val/. The log is told what was passed over. enough(images) may refuse
+    to go on: it is asked before anything is read, and again if images were left out.
     """
-    images = list_source(folder, shards, scaled)
+    images = list_source(folder, shards, scaled, skip_bad, all_splits)
+    for note in images.notes if log is not None else []:
+        log(note)
     if enough is not None:
         enough(images)
     bad = distributed.on_main(check_headers, images, max(workers, 1))

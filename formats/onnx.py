@@ -1,41 +1,87 @@
 """The network up to a layer as an ONNX file with the preprocessing inside, checked against PyTorch.
 
-    python export.py --model checkpoint.pth.tar --out deepcluster.onnx
-    python export.py --model checkpoint.pth.tar --layer conv5 --input bgr --image-size 224 --out conv5.onnx
+    python -m formats.onnx --model checkpoint.pth.tar --out deepcluster.onnx
+    python -m formats.onnx --model checkpoint.pth.tar --layer conv5 --input bgr --out conv5.onnx
 
 The file takes `images`, float32 (B, 3, S, S) in 0..255, RGB or with `--input bgr` BGR, any B, and gives the
 layer's activation under its name. Dropout is off, batch norms use their statistics.
 """
 
 import argparse
+
+from commandline import Parser, at_least
+
+OPSET = 20  # of ONNX; what onnxruntime has read since 1.17 (February 2024)
+
+
+def get_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, help="a checkpoint of main.py or of the authors")
+    parser.add_argument("--out", required=True, help="file to write, e.g. deepcluster.onnx")
+    parser.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="what it gives, e.g. conv5, conv5.pre (before the ReLU), logits, a ResNet's layer4 (default: "
+        "what is clustered, fc7.pre or avgpool); a wrong name is answered with all",
+    )
+    parser.add_argument(
+        "--input",
+        choices=["rgb", "bgr"],
+        default="rgb",
+        help="channels that it takes, in 0..255; bgr as the Caffe files",
+    )
+    parser.add_argument("--image-size", type=at_least(1), default=224, help="side of the images in pixels")
+    parser.add_argument(
+        "--opset",
+        type=at_least(18),
+        default=OPSET,
+        help="version of ONNX's operators; lower it where a reader is old",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_parser().parse_args()  # before the imports that take seconds
+
 import contextlib
 import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 import data
-import evaluation
-from features import fold_batch_norm
-from models import FEATURE, DeepClusterNet
+from models import weights
+from models.network import Network
 from util import UserError, make_folder, run_main
 
 TOLERANCE = 1e-4  # largest difference from PyTorch, relative to the largest activation
-OPSET = 20  # of ONNX; what onnxruntime has read since 1.17 (February 2024)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the file and say how far it is from PyTorch."""
+    require_packages()
+    net = weights.load(args.model, [args.layer] if args.layer else [])
+    weights.refuse_not_finite(net, args.model)
+    layer, size = args.layer or net.feature, args.image_size
+    difference = export(net, args.out, layer, args.input == "bgr", size, args.opset)
+    print(
+        f"{args.out}: {net.arch} to {layer}, takes images (B, 3, {size}, {size}), "
+        f"{args.input.upper()} in 0..255; difference from PyTorch {difference:.1e} of its largest value"
+    )
 
 
 class WithPreprocessing(nn.Module):
     """Images (B, 3, S, S) in 0..255, RGB or BGR -> one activation of net, which is in eval mode."""
 
-    def __init__(self, net: DeepClusterNet, layer: str, bgr: bool) -> None:
+    def __init__(self, net: Network, layer: str, bgr: bool) -> None:
         super().__init__()
-        self.net, self.layer, self.bgr = fold_batch_norm(net), layer, bgr
+        self.net, self.layer, self.bgr = net.folded(), layer, bgr
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         rgb = images.flip(1) if self.bgr else images
@@ -43,22 +89,24 @@ class WithPreprocessing(nn.Module):
 
 
 def export(
-    net: DeepClusterNet,
+    net: Network,
     path: str | Path,
-    layer: str = FEATURE,
+    layer: str | None = None,
     bgr: bool = False,
     image_size: int = 224,
     opset: int = OPSET,
 ) -> float:
     """Write the ONNX file and return its largest difference from PyTorch, relative to the largest activation.
 
+    layer: an activation of net; None: what is clustered.
     It is written beside and gets its name only when onnxruntime agrees with PyTorch to TOLERANCE on two
     batches of different sizes; UserError if not, and where a package is missing.
     """
     require_packages()
-    path = Path(path)
+    path, layer = Path(path), layer or net.feature
+    check_size(net.eval(), layer, image_size)
     make_folder(path.parent)
-    model = WithPreprocessing(net.eval(), layer, bgr).eval()
+    model = WithPreprocessing(net, layer, bgr).eval()
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         _write(model, beside, layer, image_size, opset)
@@ -81,6 +129,16 @@ def require_packages() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error.name} is not installed; pip install -r requirements-extra.txt") from None
+
+
+def check_size(net: Network, layer: str, image_size: int) -> None:
+    """Raise UserError where net cannot take images of that size."""
+    try:
+        with torch.inference_mode():
+            net.activations(torch.zeros(1, 3, image_size, image_size), [layer])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--image-size {image_size}: {net.arch} cannot take it ({reason})") from error
 
 
 def _write(model: WithPreprocessing, path: Path, layer: str, image_size: int, opset: int) -> None:
@@ -107,7 +165,7 @@ def _write(model: WithPreprocessing, path: Path, layer: str, image_size: int, op
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Nothing on the terminal but errors."""
     level = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -119,7 +177,7 @@ def _quiet() -> Any:
             logging.disable(level)
 
 
-def compare(net: DeepClusterNet, path: Path, layer: str, bgr: bool, image_size: int) -> float:
+def compare(net: Network, path: Path, layer: str, bgr: bool, image_size: int) -> float:
     """max |onnxruntime - PyTorch| / max |PyTorch| over batches of 1 and 3 random images."""
     import onnxruntime
 
@@ -138,46 +196,5 @@ def compare(net: DeepClusterNet, path: Path, layer: str, bgr: bool, image_size: 
     return worst
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Write a network as ONNX, preprocessing included")
-    parser.add_argument("--model", required=True, help="a checkpoint of main.py or of the authors")
-    parser.add_argument("--out", required=True, help="file to write, e.g. deepcluster.onnx")
-    parser.add_argument(
-        "--layer",
-        default=FEATURE,
-        help="what it gives: conv<n>, conv<n>.pre, pool, fc6, fc6.pre, fc7, fc7.pre, logits, sobel "
-        "(.pre: before the ReLU; default: %(default)s)",
-    )
-    parser.add_argument(
-        "--input",
-        choices=["rgb", "bgr"],
-        default="rgb",
-        help="channels that it takes, in 0..255; bgr as the Caffe files (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--image-size", type=int, default=224, help="side of the images in pixels (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--opset",
-        type=int,
-        default=OPSET,
-        help="version of ONNX's operators, 18 or newer (default: %(default)s)",
-    )
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    """Write the file and say how far it is from PyTorch."""
-    require_packages()
-    if args.image_size < 1:
-        raise UserError(f"--image-size {args.image_size}: must be at least 1")
-    net = evaluation.open_network(args.model, [args.layer])
-    difference = export(net, args.out, args.layer, args.input == "bgr", args.image_size, args.opset)
-    print(
-        f"{args.out}: {net.arch} to {args.layer}, takes images (B, 3, {args.image_size}, {args.image_size}), "
-        f"{args.input.upper()} in 0..255; difference from PyTorch {difference:.1e} of its largest value"
-    )
-
-
 if __name__ == "__main__":
-    run_main(main, get_parser().parse_args())
+    run_main(main, ARGS)

@@ -1,13 +1,27 @@
 """The cluster assignments and features that the authors released: reading them, and writing the same forms.
 
-    python released.py alexnet_cluster_assignment.pickle                    # what is in it
-    python released.py alexnet_cluster_assignment.pickle --csv alexnet.csv  # path,cluster
-    python released.py alexnet_features.pkl
+    python -m formats.released alexnet_cluster_assignment.pickle                    # what is in it
+    python -m formats.released alexnet_cluster_assignment.pickle --csv alexnet.csv  # path,cluster
+    python -m formats.released alexnet_features.pkl
 
-Nothing in a file is executed (safe_pickle.py).
+Nothing in a file is executed (formats/safe_pickle.py).
 """
 
 import argparse
+
+from commandline import Parser
+
+
+def get_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("file", metavar="FILE", help="cluster assignments or features")
+    parser.add_argument("--csv", metavar="OUT", help="write the assignments as path,cluster to OUT")
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_parser().parse_args()  # before the imports that take seconds
+
 import csv
 import os
 import pickle
@@ -17,13 +31,57 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safe_pickle
-from safe_pickle import Array, text
 
-from util import UserError, atomic_write, run_main
+from formats import safe_pickle
+from formats.safe_pickle import Array, text
+from util import UserError, atomic_write, run_main, say
 
 SHOWN = 5  # lines of a file that are printed
 PROTO_2 = pickle.PROTO + b"\x02"
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print how much is in the file and its first lines; convert assignments with --csv."""
+    content = safe_pickle.load(args.file)
+    first = content[0] if isinstance(content, list) and content else None
+    if isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], int):
+        pairs = as_assignments(content, args.file)
+        print_assignments(args.file, pairs)
+        if args.csv:
+            write_csv(args.csv, pairs)
+            say(f"written: {args.csv}")
+        return
+    if args.csv:
+        raise UserError(f"--csv: {args.file} holds {describe(content)}, not (image path, cluster) pairs")
+    print_features(args.file, *as_features(content, args.file))
+
+
+def print_assignments(path: str, pairs: list[tuple[str, int]]) -> None:
+    """How many images and clusters, how large these are, and the first pairs."""
+    ids, sizes = np.unique([cluster for _, cluster in pairs], return_counts=True)
+    say(
+        f"{path}: {len(pairs)} images in {len(ids)} clusters (ids up to {ids[-1]}); "
+        f"sizes {sizes.min()} to {sizes.max()}, median {np.median(sizes):g}"
+    )
+    for name, cluster in pairs[:SHOWN]:
+        say(f"  {name}  {cluster}")
+
+
+def print_features(path: str, names: list[str] | None, features: np.ndarray) -> None:
+    """How many rows of what, whether they have names, and the first rows."""
+    named = "with" if names else "without"
+    say(f"{path}: features {features.shape} of {features.dtype.name}, {named} image names")
+    for i, row in enumerate(features[:SHOWN]):
+        values = " ".join(f"{value:.4g}" for value in row[:4].tolist())
+        say(f"  {names[i] if names else i}  {values} ...")
+
+
+def write_csv(path: str | Path, pairs: Iterable[tuple[str, int]]) -> None:
+    """A table of path,cluster with a header line."""
+    with atomic_write(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "cluster"])
+        writer.writerows(pairs)
 
 
 # ---------------------------------------------------------------------------------------- reading
@@ -32,7 +90,7 @@ PROTO_2 = pickle.PROTO + b"\x02"
 def read_assignments(path: str | Path) -> list[tuple[str, int]]:
     """The (image path, cluster) pairs of a released `*_cluster_assignment.pickle`, in the file's order.
 
-    1.28 million pairs take some five seconds and 0.7 GiB. Raises UserError for anything but such a list.
+    1.28 million pairs take some ten seconds and 0.7 GiB. Raises UserError for anything but such a list.
     """
     return as_assignments(safe_pickle.load(path), path)
 
@@ -56,72 +114,36 @@ def as_assignments(content: Any, path: str | Path) -> list[tuple[str, int]]:
 def read_features(path: str | Path) -> tuple[list[str] | None, np.ndarray]:
     """(names or None, features (N, D)) of a features pickle; rows in the file's order, the file's own dtype.
 
-    The authors did not document the form of theirs. Read are: an array (N, D); a list of arrays (D,); a list
-    of (path, array) pairs; a dict path -> array; and (paths, array), as a tuple, a list or the values of a
-    dict. Memory: an array as it is, read-only; rows take twice their size, as they are gathered into one
-    array. Raises UserError, which says what was found, for everything else.
+    Read are an array (N, D), and a list of (path, array (D,)) pairs. Memory: an array as it is, read-only;
+    rows take twice their size, as they are gathered into one array. Raises UserError, which says what was
+    found, for everything else.
     """
     return as_features(safe_pickle.load(path), path)
 
 
 def as_features(content: Any, path: str | Path) -> tuple[list[str] | None, np.ndarray]:
     """Bring the content of a features pickle into one form; `path` is for the errors."""
-    if isinstance(content, Array):
-        return None, _matrix(content, path)
-    parts = list(content.values()) if isinstance(content, dict) else content
-    if isinstance(parts, tuple | list) and len(parts) == 2:
-        names, features = parts if isinstance(parts[1], Array) else parts[::-1]
-        if isinstance(features, Array) and isinstance(names, tuple | list):
-            return _names(names, features, path), _matrix(features, path)
-    names, rows = _by_image(content)
-    clean = None if names is None else [text(name) for name in names]
-    if not rows or (clean is not None and None in clean) or not all(isinstance(row, Array) for row in rows):
-        raise UserError(
-            f"{path}: expected features, by path or as an array (N, D); found {describe(content)}"
-        )
-    return clean, _stack(rows, path)
-
-
-def _by_image(content: Any) -> tuple[list | None, list]:
-    """(names or None, rows) of a dict, a list of pairs or a list of rows; not yet checked."""
-    if isinstance(content, dict):
-        return list(content), list(content.values())
+    if isinstance(content, Array) and content.numbers.ndim == 2 and content.numbers.size:
+        if content.numbers.dtype.kind == "f":
+            return None, content.numbers
     if not isinstance(content, list) or not content:
-        return None, []
-    if not isinstance(content[0], tuple | list):
-        return None, content
-    pairs = [pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None) for pair in content]
-    return [name for name, _ in pairs], [row for _, row in pairs]
-
-
-def _matrix(array: Array, path: str | Path) -> np.ndarray:
-    if array.numbers.ndim != 2 or array.numbers.dtype.kind != "f" or not len(array.numbers):
-        raise UserError(f"{path}: expected features (N, D) of floats, found {describe(array)}")
-    return array.numbers
-
-
-def _names(names: list | tuple, features: Array, path: str | Path) -> list[str]:
-    """The names beside one array, checked to be as many as its rows."""
-    clean = [text(name) for name in names]
-    if None in clean or len(clean) != len(features.numbers):
         raise UserError(
-            f"{path}: expected a path for each row, found {describe(names)} beside {describe(features)}"
+            f"{path}: expected features, an array (N, D) of floats or (path, array) pairs; found "
+            f"{describe(content)}"
         )
-    return clean
-
-
-def _stack(rows: list[Array], path: str | Path) -> np.ndarray:
-    """Rows (D,) or (1, D) -> (N, D)."""
-    first = rows[0].numbers
-    result = np.empty((len(rows), first.size), dtype=first.dtype)
-    for i, row in enumerate(rows):
-        numbers = row.numbers
-        if numbers.shape not in ((first.size,), (1, first.size)) or numbers.dtype.kind != "f":
+    names, rows = [], []
+    for i, pair in enumerate(content):
+        name, row = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
+        numbers = row.numbers if isinstance(row, Array) else np.empty(0)
+        wrong = numbers.ndim != 1 or numbers.dtype.kind != "f" or not numbers.size
+        if text(name) is None or wrong or numbers.size != len(rows[0] if rows else numbers):
             raise UserError(
-                f"{path}: expected {first.size} floats for each image, found {describe(row)} at position {i}"
+                f"{path}: expected (path, array (D,) of floats) pairs, D the same in all; found "
+                f"{describe(pair)} at position {i}"
             )
-        result[i] = numbers.reshape(-1)
-    return result
+        names.append(text(name))
+        rows.append(numbers)
+    return names, np.stack(rows)
 
 
 def describe(value: Any, depth: int = 0) -> str:
@@ -137,7 +159,7 @@ def describe(value: Any, depth: int = 0) -> str:
         first = next(iter(value.items() if isinstance(value, dict) else value), None)
         more = f", the first {describe(first, depth + 1)}" if len(value) and depth < 3 else ""
         return f"a {type(value).__name__} of {len(value)}{more}"
-    return f"{type(value).__name__} {value!r}"[:60]
+    return f"{type(value).__name__} {value!r}"[:60]  # of numbers only, which safe_pickle keeps short
 
 
 # ---------------------------------------------------------------------------------------- writing
@@ -243,59 +265,5 @@ class FeaturesPickle:
             self.file.close()
 
 
-# ---------------------------------------------------------------------------------------- command line
-
-
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Say what a released pickle holds, without running it")
-    parser.add_argument("file", metavar="FILE", help="cluster assignments or features")
-    parser.add_argument("--csv", metavar="OUT", help="write the assignments as path,cluster to OUT")
-    return parser
-
-
-def main(args: argparse.Namespace) -> None:
-    """Print how much is in the file and its first lines; convert assignments with --csv."""
-    content = safe_pickle.load(args.file)
-    first = content[0] if isinstance(content, list) and content else None
-    if isinstance(first, tuple | list) and len(first) == 2 and isinstance(first[1], int):
-        pairs = as_assignments(content, args.file)
-        print_assignments(args.file, pairs)
-        if args.csv:
-            write_csv(args.csv, pairs)
-            print(f"written: {args.csv}")
-        return
-    if args.csv:
-        raise UserError(f"--csv: {args.file} holds {describe(content)}, not (image path, cluster) pairs")
-    print_features(args.file, *as_features(content, args.file))
-
-
-def print_assignments(path: str, pairs: list[tuple[str, int]]) -> None:
-    """How many images and clusters, how large these are, and the first pairs."""
-    ids, sizes = np.unique([cluster for _, cluster in pairs], return_counts=True)
-    print(
-        f"{path}: {len(pairs)} images in {len(ids)} clusters (ids up to {ids[-1]}); "
-        f"sizes {sizes.min()} to {sizes.max()}, median {np.median(sizes):g}"
-    )
-    for name, cluster in pairs[:SHOWN]:
-        print(f"  {name}  {cluster}")
-
-
-def print_features(path: str, names: list[str] | None, features: np.ndarray) -> None:
-    """How many rows of what, whether they have names, and the first rows."""
-    named = "with" if names else "without"
-    print(f"{path}: features {features.shape} of {features.dtype.name}, {named} image names")
-    for i, row in enumerate(features[:SHOWN]):
-        values = " ".join(f"{value:.4g}" for value in row[:4].tolist())
-        print(f"  {names[i] if names else i}  {values} ...")
-
-
-def write_csv(path: str | Path, pairs: Iterable[tuple[str, int]]) -> None:
-    """A table of path,cluster with a header line."""
-    with atomic_write(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "cluster"])
-        writer.writerows(pairs)
-
-
 if __name__ == "__main__":
-    run_main(main, get_parser().parse_args())
+    run_main(main, ARGS)

@@ -119,6 +119,15 @@ def load_weights(net: Network, weights: dict[str, torch.Tensor], path: str | Pat
     net.load_state_dict(weights, strict=False)
 
 
+def refuse_not_finite(net: Network, path: str | Path) -> None:
+    """Raise UserError, naming the parameter, where a weight or statistic of net is NaN or infinite."""
+    for name, value in net.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{path}: {name} has numbers that are not finite: the training that made it failed"
+            )
+
+
 def load(path: str | Path | None, layers: Iterable[str] = (), seed: int = 31) -> Network:
     """The network in a checkpoint file (ours or the authors'), on the CPU, in eval mode.
 

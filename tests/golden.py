@@ -44,8 +44,8 @@ CASES = {
     "two": "--kmeans distributed --sync-bn",
 }
 LOGGED = (
-    "epoch", "iteration", "loss", "loss_over_log_k", "clustering_loss", "pca_dims", "clusters", "nmi_previous",
-    "ami_previous", "nmi_classes", "ami_classes",
+    "epoch", "iteration", "loss", "loss_over_log_k", "clustering_loss", "pca_dims", "clusters",
+    "nmi_previous", "ami_previous", "nmi_classes", "ami_classes",
 )  # fmt: skip
 
 

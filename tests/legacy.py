@@ -58,6 +58,45 @@ class Storage:
         ]
 
 
+def string(text):
+    return b"U" + bytes([len(text)]) + text.encode()
+
+
+def storage(key, length):
+    """The persistent id of a float storage on a GPU."""
+    return (
+        b"(" + string("storage") + b"ctorch.cuda\nFloatStorage\n" + string(key) + string("cuda:0")
+        + b"K" + bytes([length]) + b"NtQ"
+    )  # fmt: skip
+
+
+def tensor(key, length, shape, strides):
+    sizes = [b"".join(b"K" + bytes([n]) for n in numbers) for numbers in (shape, strides)]
+    ends = {1: b"\x85", 2: b"\x86"}[len(shape)]
+    arguments = storage(key, length) + b"K\x00" + ends.join(sizes) + ends
+    return b"ctorch._utils\n_rebuild_tensor\n(" + arguments + b"tR"
+
+
+# What torch.save of 2017 wrote under Python 2.7 on a 64-bit machine, byte by byte: its int has 64 bits, and
+# cPickle writes one of more than 32 as opcode INT. The optimiser's parameters are their addresses.
+PYTHON2_WITH_OPTIMISER = b"".join((
+    b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.",  # MAGIC
+    b"\x80\x02M\xe9\x03.",  # PROTOCOL
+    b"\x80\x02}q\x01(U\x10protocol_versionq\x02M\xe9\x03U\rlittle_endianq\x03\x88",
+    b"U\ntype_sizesq\x04}q\x05(U\x05shortq\x06K\x02U\x03intq\x07K\x04U\x04longq\x08K\x04uu.",
+    b"\x80\x02}q\x01(", string("epoch"), b"q\x02K\x07", string("arch"), b"q\x03", string("alexnet"), b"q\x04",
+    string("state_dict"), b"q\x05ccollections\nOrderedDict\nq\x06]q\x07]q\x08(",
+    string("top_layer.bias"), b"q\x09",
+    tensor("94001", 2, [2], [1]), b"ea\x85q\x0aRq\x0b",
+    string("optimizer"), b"q\x0c}q\x0d(", string("state"), b"q\x0e}q\x0fI140000000000000\n}q\x10",
+    string("momentum_buffer"), b"q\x11", tensor("94002", 2, [1, 2], [2, 1]), b"ss",
+    string("param_groups"), b"q\x12]q\x13}q\x14(", string("lr"), b"q\x15G?\xa9\x99\x99\x99\x99\x99\x9a",
+    string("nesterov"), b"q\x16I00\n", string("params"), b"q\x17]q\x18I140000000000000\nauauu.",
+    b"\x80\x02]q\x01(", string("94001"), b"q\x02", string("94002"), b"q\x03e.",
+    struct.pack("<q2f", 2, 1.0, -2.0), struct.pack("<q2f", 2, 0.5, 3.0),
+))  # fmt: skip
+
+
 def write(path, state, version=1):
     """torch.save of 2017 (version 1) or 2018 (2) under Python 2, on a GPU machine."""
     storages = []

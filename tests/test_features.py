@@ -1,12 +1,19 @@
+"""The one pass from images to activations, against the plain forward in float64."""
+
 import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import clustering
+import data
 import features
 import models
-from data import normalise
-from util import UserError
+import util
+from algorithms.nearest import assign
+from algorithms.pca import fit_pca, normalise_rows
+from features import Pass, ToPoints, activation_batches, extract_features, layer_shape
+from tests.helpers import refuses
 
 CPU = torch.device("cpu")
 
@@ -15,7 +22,7 @@ CPU = torch.device("cpu")
 def net():
     net = models.build("alexnet", sobel=True, num_clusters=4, seed=2)
     with torch.no_grad():
-        for module in net.features:
+        for module in net.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.2, 0.2)
@@ -28,71 +35,105 @@ def images():
     return torch.randint(0, 256, (11, 3, 64, 64), dtype=torch.uint8)
 
 
-def batches(images, size, order=None):
-    order = torch.arange(len(images)) if order is None else order
-    return [(images[index], index) for index in order.split(size)]
+class View(torch.utils.data.Dataset):
+    """What PlainView gives, of tensors; `broken` cannot be decoded."""
+
+    def __init__(self, images, broken=()):
+        self.images, self.broken = images, broken
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return None if i in self.broken else self.images[i], i
+
+
+def extract(net, images, layer="fc7.pre", batch=4, broken=(), **options):
+    return extract_features(net, layer, View(images, broken), Pass(batch, 0, CPU), **options)
 
 
 def plain(net, images, layer="fc7.pre"):
     """The slow, obviously right way: float64, batch norm as it stands, one image at a time."""
-    double = models.build("alexnet", sobel=True, num_clusters=4).double().eval()
+    double = models.build(net.arch, sobel=True, num_clusters=4).double().eval()
     double.load_state_dict(net.state_dict())
     with torch.no_grad():
-        rows = [
-            double.activations(normalise(image[None]).double(), [layer])[layer].flatten() for image in images
-        ]
+        inputs = [data.normalise(image[None]).double() for image in images]
+        rows = [double.activations(x, [layer])[layer].flatten() for x in inputs]
     return torch.stack(rows).numpy()
 
 
 @pytest.mark.parametrize("layer", ["fc7.pre", "conv3", "conv4.pre"])
 def test_features_equal_the_plain_forward_in_float64(net, images, layer):
-    found, broken = features.extract_features(net, batches(images, 4), layer, len(images), CPU)
+    found, broken = extract(net, images, layer)
     expected = plain(net, images, layer)
     assert found.dtype == np.float32 and broken == []
     assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
-def test_rows_stand_in_data_set_order_whatever_the_order_of_batches(net, images):
-    straight, _ = features.extract_features(net, batches(images, 4), "fc7.pre", len(images), CPU)
-    shuffled = batches(images, 3, torch.randperm(len(images)))
-    found, _ = features.extract_features(net, shuffled, "fc7.pre", len(images), CPU)
-    assert np.allclose(found, straight, atol=1e-4 * np.abs(straight).max())
+@pytest.mark.parametrize("arch", ["tiny", "toy", "resnet18s"])
+def test_any_networks_feature_comes_out(images, arch):
+    net = models.build(arch, sobel=True, num_clusters=4, seed=1)
+    found, _ = extract(net, images, net.feature)
+    expected = plain(net, images, net.feature)
+    assert found.shape == (11, net.feature_dim)
+    assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+    assert layer_shape(net, net.feature, 64) == (net.feature_dim,)
+    last = net.maps[-1]
+    assert extract(net, images, last)[0].shape == (11, int(np.prod(layer_shape(net, last, 64))))
+
+
+def test_rows_are_those_asked_for_whatever_the_batches(net, images):
+    whole, _ = extract(net, images)
+    for rows, batch in ((range(3, 9), 4), (range(11), 11), (range(10, 11), 1)):
+        found, _ = extract(net, images, batch=batch, rows=rows)
+        assert found.shape == (len(rows), 4096)
+        assert np.allclose(found, whole[rows.start : rows.stop], atol=1e-4 * np.abs(whole).max())
+    assert extract(net, images, rows=range(0))[0].shape == (0, 4096)
 
 
 def test_the_network_is_left_as_it_was(net, images):
     net.train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    features.extract_features(net, batches(images, 4), "fc7.pre", len(images), CPU)
-    assert net.training and net.features[1].training and net.classifier[0].training
-    assert isinstance(net.features[1], torch.nn.BatchNorm2d)
+    extract(net, images)
+    assert all(module.training for name, module in net.named_modules() if not name.startswith("sobel"))
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in net.modules())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_broken_images_are_listed_and_the_others_keep_their_rows(net, images):
-    loader = batches(images, 4)
-    loader[1][1][2] = -1 - 6
-    found, broken = features.extract_features(net, loader, "fc7.pre", len(images), CPU)
-    assert broken == [6]
-    assert not found[6].any() and found[[5, 7]].any(axis=1).all()
+    whole, _ = extract(net, images)
+    broken_ones = {6, 8, 9, 10}  # all of the last batch too
+    found, broken = extract(net, images, broken=broken_ones)
+    assert broken == [6, 8, 9, 10]
+    assert not found[broken].any() and found[[5, 7]].any(axis=1).all()
+    assert np.allclose(found[:6], whole[:6], atol=1e-4 * np.abs(whole).max())
+    assert extract(net, images, broken={0, 1}, rows=range(2))[1] == [0, 1]
+
+
+def test_a_pass_says_which_images_its_rows_are_and_which_are_broken(net, images):
+    batches = list(activation_batches(net, ["conv1", "conv2"], View(images, {1, 8, 9, 10}), Pass(4, 0, CPU)))
+    assert [index.tolist() for _, index, _ in batches] == [[0, 2, 3], [4, 5, 6, 7], []]
+    assert [broken for *_, broken in batches] == [[1], [], [8, 9, 10]]
+    assert [len(found.get("conv2", [])) for found, *_ in batches] == [3, 4, 0]
+    assert batches[2][0] == {} and set(batches[0][0]) == {"conv1", "conv2"}
 
 
 def test_float16_features_are_the_rounded_float32_ones(net, images):
-    full, _ = features.extract_features(net, batches(images, 4), "fc7.pre", len(images), CPU)
-    half, _ = features.extract_features(
-        net, batches(images, 4), "fc7.pre", len(images), CPU, dtype=np.float16
-    )
+    full, _ = extract(net, images)
+    half, _ = extract(net, images, dtype=np.float16)
     assert half.dtype == np.float16
     assert np.array_equal(half, full.astype(np.float16))
 
 
-@pytest.mark.skipif(not features.cpu_has_amx(), reason="bf16 on a CPU needs AMX")
+@pytest.mark.skipif(not util.cpu_has_bf16(), reason="a CPU that multiplies bfloat16")
 def test_bf16_keeps_directions_and_neighbours(net):
     """Not labels: k-means is chaotic. Pairwise cosines move by well under a hundredth, the loss hardly."""
-    images = torch.nn.functional.interpolate(torch.rand(60, 3, 8, 8) * 255, 64, mode="bilinear").to(
-        torch.uint8
+    images = torch.nn.functional.interpolate(torch.rand(60, 3, 8, 8) * 255, 64, mode="bilinear")
+    images = images.to(torch.uint8)
+    exact, fast = (
+        extract_features(net, "fc7.pre", View(images), Pass(20, 0, CPU, precision))[0]
+        for precision in ("fp32", "bf16")
     )
-    exact, _ = features.extract_features(net, batches(images, 20), "fc7.pre", 60, CPU)
-    fast, _ = features.extract_features(net, batches(images, 20), "fc7.pre", 60, CPU, precision="bf16")
     losses = [
         clustering.kmeans(clustering.preprocess(x, 16)[1], k=6, seed=1).objective for x in (exact, fast)
     ]
@@ -106,18 +147,57 @@ def test_bf16_keeps_directions_and_neighbours(net):
     assert overlap > 0.9
 
 
-def test_precisions_that_make_no_sense_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="tf32"):
-        features.set_precision("tf32", CPU)
-    with pytest.raises(UserError, match="fp8"):
-        features.set_precision("fp8", CPU)
-    monkeypatch.setattr(features, "cpu_has_amx", lambda: False)
-    with pytest.raises(UserError, match="AMX"):
-        features.set_precision("bf16", CPU)
+# ---------------------------------------------------------------------------------------- points
 
 
-def test_a_network_can_still_be_exported_after_a_precision_was_set():
-    """torch.export reads the TF32 switches in a way that fails when only its newer ones were set."""
-    features.set_precision("fp32", torch.device("cpu"))
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
-    assert torch.backends.mkldnn.enabled
+@pytest.mark.parametrize("l2", [True, False])
+@pytest.mark.parametrize("dim", [4, None])
+def test_points_are_what_was_clustered_and_survive_their_state(l2, dim):
+    x = np.random.default_rng(0).standard_normal((40, 12)).astype(np.float32) * 3 + 1
+    pca = None if dim is None else fit_pca(x, dim)
+    to_points = ToPoints(pca, l2)
+    points, norms = to_points(x, CPU)
+    expected = x.copy() if pca is None else pca.apply(x)
+    np.testing.assert_allclose(norms, np.linalg.norm(expected, axis=1), rtol=1e-6)
+    assert np.array_equal(points, normalise_rows(expected) if l2 else expected)
+    assert points.shape[1] == to_points.dim(12) == (dim or 12) and points.dtype == np.float32
+    again = ToPoints.from_state_dict(to_points.state_dict())
+    assert np.array_equal(again(x, CPU)[0], points)
+    assert x.max() > 1  # only read: an L2 without a PCA works on a copy
+    before = x.copy()
+    ToPoints(None, True)(x, CPU)
+    assert np.array_equal(x, before)
+
+
+def test_the_file_of_a_clustering_gives_its_images_their_clusters(finished, photos):
+    path, state = features.read_clustering(finished)
+    assert path == finished / checkpoint.CLUSTERING and state["metric"] == "l2"
+    assert features.read_clustering(path)[1].keys() == state.keys()
+    net = models.build(state["arch"], seed=0)
+    net.load_state_dict(state["state_dict"], strict=False)
+    images = data.list_images(photos)
+    assert list(images.paths) == state["paths"]
+    view = data.PlainView(images, data.central_crop(state["args"]["image_size"]))
+    rows, _ = extract_features(net, state["layer"], view, Pass(16, 0, CPU))
+    points, _ = ToPoints.from_state_dict(state["transform"])(rows, CPU)
+    saved = clustering.Assignment.from_state_dict(state["assignment"])
+    assert np.array_equal(assign(points, saved.centroids)[0], saved.labels)
+
+
+def test_what_holds_no_clustering_is_refused_with_the_way_out(finished, tmp_path):
+    with refuses(r"clustering\.pth\.tar is missing: .*--resume"):
+        features.read_clustering(tmp_path)
+    with refuses(r"checkpoint\.pth\.tar: holds no clustering that fits its weights"):
+        features.read_clustering(finished / "checkpoint.pth.tar")
+
+
+def test_settings_are_those_asked_for_else_the_runs_else_the_papers():
+    run = {"image_size": 32, "batch": 16, "precision": "tf32", "scaled_decoding": True}
+    chosen = features.Settings.choose(run, CPU)  # no TF32 on a CPU: what is more exact
+    assert (chosen.image_size, chosen.batch, chosen.precision, chosen.scaled) == (32, 16, "fp32", True)
+    chosen = features.Settings.choose(run, CPU, image_size=64, batch=3)
+    assert (chosen.image_size, chosen.batch) == (64, 3)
+    paper = features.Settings.choose({}, CPU)
+    assert (paper.image_size, paper.batch, paper.precision, paper.scaled) == (224, 256, "fp32", False)
+    with refuses("--precision tf32: for CUDA GPUs only"):
+        features.Settings.choose({}, CPU, precision="tf32")

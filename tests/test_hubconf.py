@@ -1,5 +1,6 @@
 """torch.hub.load from another folder, in another process, beside modules of the same names."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -26,7 +27,8 @@ again = torch.hub.load(repo, "alexnet", source="local", weights=weights, progres
 fresh = torch.hub.load(repo, "alexnet", source="local", sobel=False, num_clusters=7, seed=1)
 import models, data                          # the caller's own, loaded after
 assert util.WHOSE == models.WHOSE == data.WHOSE == "caller", (util, models, data)
-assert sys.modules["util"] is util and "checkpoint" not in sys.modules and "models.trunk" not in sys.modules
+assert sys.modules["util"] is util and "checkpoint" not in sys.modules and "formats" not in sys.modules
+assert "models.network" not in sys.modules
 assert repo not in sys.path
 assert type(net) is type(again) is type(fresh) and not net.training and not fresh.training
 assert fresh.sobel is None and fresh.top_layer.out_features == 7
@@ -119,8 +121,29 @@ def test_without_weights_it_is_random_with_sobel_and_without_a_head():
     assert torch.equal(net.features[0].weight, expected.features[0].weight)
 
 
-def test_what_can_be_called_are_the_two_networks():
+def test_a_resnet_is_read_from_a_file_and_random_ones_are_in_colour(tmp_path):
+    expected = models.build("resnet18", sobel=True, num_clusters=7, seed=3)
+    checkpoint.save(tmp_path / "r.pth.tar", {"arch": "resnet18", "state_dict": expected.state_dict()})
+    net = hubconf.resnet18(tmp_path / "r.pth.tar")
+    assert net.arch == "resnet18" and net.sobel is not None and net.top_layer.out_features == 7
+    assert torch.equal(net.layer4[1].conv2.weight, expected.layer4[1].conv2.weight) and not net.training
+    with pytest.raises(ValueError, match="its arch is resnet18, not resnet50"):
+        hubconf.resnet50(tmp_path / "r.pth.tar")
+    fresh = hubconf.resnet50(num_clusters=5, seed=1)
+    assert fresh.sobel is None and fresh.conv1.in_channels == 3 and fresh.top_layer.out_features == 5
+
+
+def test_each_entry_point_builds_its_network(monkeypatch):
+    monkeypatch.setattr(models, "build", lambda arch, *rest: torch.nn.Flatten(arch))
+    for name in ("alexnet", "vgg16", "resnet18", "resnet50", "resnet50w2", "resnet50w4", "resnet50w5"):
+        assert getattr(hubconf, name)().start_dim == name
+
+
+def test_what_can_be_called_are_the_networks():
     """torch.hub.list shows every public name that can be called, torch.hub.help its docstring."""
     public = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
-    assert public == {"alexnet", "vgg16"}
-    assert "num_clusters (int)" in hubconf.alexnet.__doc__
+    assert public == {"alexnet", "vgg16", "resnet18", "resnet50", "resnet50w2", "resnet50w4", "resnet50w5"}
+    for name in public:
+        entry = getattr(hubconf, name)
+        assert entry.__name__ == name and "num_clusters (int)" in entry.__doc__
+        assert list(inspect.signature(entry).parameters) == "weights sobel num_clusters seed progress".split()

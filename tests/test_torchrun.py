@@ -4,43 +4,28 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import logbook
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
-import clustering
-import main
-from tests.test_main import assert_same_run, photos  # noqa: F401
+from algorithms.agreement import compare
+from tests import runs
+from tests.runs import assert_same_run, wait_for
+from training import logs
 from util import Preempted
 
-ROOT = Path(main.__file__).parent
-FLAGS = (
-    "--arch tiny --image-size 32 --k 6 --batch 14 --workers 0 --device cpu --lr 0.02 --epochs 2 --no-report "
-    "--sync-bn"
-)
+pytestmark = pytest.mark.slow
+FLAGS = "--k 6 --batch 14 --epochs 2 --sync-bn".split()
 
 
-def command(processes, folder, exp, *flags, restarts=0):
-    launcher = [sys.executable, "-m"]
-    if processes:
-        launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        launcher += ["--max-restarts", str(restarts), "-m"]
-    return [*launcher, "tests.tiny", str(folder), "--exp", str(exp), *FLAGS.split(), *map(str, flags)]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def start(*args, **options):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(*args, **options), cwd=ROOT, env=ENVIRONMENT, **pipes)
+def start(processes, images, exp, *flags, restarts=0, sync_bn=True):
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {processes} --max-restarts {restarts}"
+    own = FLAGS if sync_bn else FLAGS[:-1]
+    return runs.start(images, exp, *own, *flags, launcher=launcher.split() if processes else ())
 
 
 def run(*args, **options):
@@ -57,20 +42,13 @@ def ranks_of(launcher):
     return [int(pid) for pid in children.read_text().split()]
 
 
-def wait_for(path, launcher, seconds=120):
-    until = time.monotonic() + seconds
-    while not path.exists():
-        assert launcher.poll() is None and time.monotonic() < until, launcher.communicate()[0]
-        time.sleep(0.02)
-
-
 def kill_one_rank(launcher):
     """SIGKILL for the last rank, as the kernel does when memory is short."""
     os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def images(photos, tmp_path_factory):  # noqa: F811
+def images(photos, tmp_path_factory):
     """59 of the photographs: not to be divided by any number of processes."""
     folder = tmp_path_factory.mktemp("images") / "images"
     shutil.copytree(photos, folder)
@@ -96,7 +74,7 @@ def pair(images, tmp_path_factory):
 
 def assert_about_the_same(one, other):
     """First epoch: clustering and loss, within rounding; the clusters themselves nearly all."""
-    a, b = (logbook.read_lines(exp / "log.jsonl")[0] for exp in (one, other))
+    a, b = (logs.read_lines(exp / "log.jsonl")[0] for exp in (one, other))
     assert b["clustering_loss"] == pytest.approx(a["clustering_loss"], rel=1e-3)
     assert b["loss"] == pytest.approx(a["loss"], abs=1e-3)
     assert a["iteration"] == b["iteration"]
@@ -105,7 +83,7 @@ def assert_about_the_same(one, other):
     order = [np.concatenate(ids).astype(int) for ids in lists]
     labels = [f[np.argsort(o)] for f, o in zip(first, order)]
     assert sorted(order[1]) == list(range(59))  # every image once
-    assert clustering.compare(*labels)["nmi"] >= 0.95
+    assert compare(*labels)["nmi"] >= 0.95
 
 
 def read_log(exp):
@@ -149,6 +127,26 @@ def test_torchrun_restarts_a_killed_job_where_it_was(images, tmp_path, pair):
     assert_same_run(exp, pair)
 
 
+def test_ranks_end_when_their_launcher_is_killed_outright(images, tmp_path):
+    launcher = start(2, images, tmp_path / "exp", "--checkpoints", 1, "--epochs", 1000)
+    wait_for(tmp_path / "exp" / "checkpoints" / "checkpoint_3.pth.tar", launcher)
+    ranks = ranks_of(launcher)
+    launcher.kill()
+    until = time.monotonic() + 5
+    while any(is_running(pid) for pid in ranks):
+        assert time.monotonic() < until, "ranks run on"
+        time.sleep(0.05)
+    launcher.communicate()
+    run(2, images, tmp_path / "exp", "--resume", "auto", "--epochs", 3)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_signal_writes_a_checkpoint_and_another_number_of_processes_goes_on(
     alone, images, tmp_path, number
@@ -158,10 +156,29 @@ def test_a_signal_writes_a_checkpoint_and_another_number_of_processes_goes_on(
     wait_for(exp / "checkpoints" / "checkpoint_1.pth.tar", process)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == Preempted.EXIT_CODE, output
+    assert process.returncode == Preempted.exit_code, output
     assert "--resume auto" in output and "Traceback" not in output
     saved = checkpoint.read(exp / "checkpoint.pth.tar")
     epochs = saved["epoch"] + 2
     run(2, images, exp, "--checkpoints", 100, "--resume", "auto", "--epochs", epochs)
     assert_about_the_same(alone, exp)
-    assert len(logbook.read_lines(exp / "log.jsonl")) == epochs
+    assert len(logs.read_lines(exp / "log.jsonl")) == epochs
+
+
+@pytest.mark.parametrize("sync_bn", [True, False])
+def test_a_resnet_in_two_processes_resumes_exactly(images, tmp_path, sync_bn):
+    few = tmp_path / "few"
+    few.mkdir()
+    for i, path in enumerate(sorted(images.rglob("*.jpg"))[::2]):
+        shutil.copy(path, few / f"{i:02d}.jpg")
+    flags = ("--arch", "resnet18s", "--batch", 15, "--checkpoints", 1)  # 30 images: two steps of 7 + 8
+
+    def train(exp, *more):
+        process = start(2, few, exp, *flags, *more, sync_bn=sync_bn)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+    train(tmp_path / "whole")
+    train(tmp_path / "part", "--epochs", 1)
+    train(tmp_path / "part", "--resume", tmp_path / "part" / "checkpoints" / "checkpoint_1.pth.tar")
+    assert_same_run(tmp_path / "part", tmp_path / "whole")

@@ -1,3 +1,7 @@
+"""Seeds, files, progress, the device, the end of a script."""
+
+import argparse
+import io
 import os
 import sys
 
@@ -5,6 +9,7 @@ import pytest
 import torch
 
 import util
+from tests.helpers import refuses
 from util import UserError
 
 
@@ -98,3 +103,87 @@ def test_device_defaults_to_what_there_is(monkeypatch):
     assert util.choose_device(None) == torch.device("cuda")
     with pytest.raises(UserError, match=r"has 2 GPU"):
         util.choose_device("cuda:2")
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+
+def test_precisions_that_make_no_sense_are_refused(monkeypatch):
+    cpu = torch.device("cpu")
+    for name in ("tf32", "fp16"):
+        with refuses(f"--precision {name}: for CUDA GPUs only"):
+            util.set_precision(name, cpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False})
+    with refuses(r"--precision bf16: .*AMX.*AVX512-BF16"):
+        util.set_precision("bf16", cpu)
+
+
+@pytest.mark.parametrize("has", ["amx_bf16", "avx512_bf16"])
+def test_bf16_is_allowed_where_the_processor_has_it(monkeypatch, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
+    with util.set_precision("bf16", torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu")
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_fp32_is_exact_and_a_network_can_be_exported_after_it():
+    """torch.export reads the TF32 switches in a way that fails when only its newer ones were set."""
+    with util.set_precision("fp32", torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.mkldnn.enabled
+
+
+# ---------------------------------------------------------------------------------------- how a script ends
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (UserError("--lr 0: no"), 2, "--lr 0: no"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (util.Preempted("stopped, go on with --resume auto"), 75, "--resume auto"),
+        (util.Interrupted("stopped, go on with --resume auto"), 130, "--resume auto"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_ends_a_script_is_one_line_and_a_code(monkeypatch, capsys, error, code, line):
+    def main(_):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["/somewhere/main.py"])
+    with pytest.raises(SystemExit) as end:
+        util.run_main(main, argparse.Namespace())
+    assert end.value.code == code
+    err = capsys.readouterr().err
+    assert err.startswith("main.py: ") and line in err and err.count("\n") == 1
+
+
+def test_what_is_no_mistake_of_the_user_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        util.run_main(lambda _: 1 / 0, argparse.Namespace())
+
+
+def test_text_that_the_terminal_lacks_is_escaped_and_a_closed_output_is_told(monkeypatch, tmp_path):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    assert util.say("Müller/\udce9.png", ascii_only)
+    ascii_only.seek(0)
+    assert ascii_only.read() == "M\\xfcller/\\ufffd.png\n"
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    assert not util.say("x")
+    monkeypatch.setattr(sys, "stdout", None)
+    log = util.Log(tmp_path / "log")
+    log("one")
+    log("two")
+    lines = [line.split(" ", 2)[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert lines == ["note: standard output is closed; going on, with this file alone", "one", "two"]
+
+
+def test_a_folder_is_made_and_one_that_cannot_be_is_named(tmp_path):
+    assert util.make_folder(tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with refuses("cannot make the folder .*file"):
+        util.make_folder(tmp_path / "file")

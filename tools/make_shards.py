@@ -11,14 +11,46 @@ where the folder has classes, its class id (.cls); the images' paths stand in th
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from commandline import Parser, add_bad_images, at_least, positive, within
+
+
+def get_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("dir", metavar="DIR", help="folder of images, or a text file of paths")
+    parser.add_argument(
+        "pattern", metavar="PATTERN", help="the shards, numbered by %%d: 'out/train-%%06d.tar'"
+    )
+    parser.add_argument("--size-mb", type=positive, default=300, help="size of a shard in MB")
+    parser.add_argument(
+        "--resize",
+        type=at_least(1),
+        metavar="SIDE",
+        help="resize the shorter side to this where it is longer, e.g. 256 (default: copy the bytes)",
+    )
+    parser.add_argument(
+        "--quality", type=within(1, 100), default=95, help="of resized images' JPEG, 1 to 100"
+    )
+    parser.add_argument("--workers", type=at_least(0), default=2, help="processes that decode and resize")
+    add_bad_images(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_parser().parse_args()  # before the imports that take seconds
+
+import contextlib
+import fcntl
+import glob
 import io
 import itertools
 import json
 import os
-import sys
 import tarfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 import torch
@@ -26,77 +58,35 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from data.shards import PATHS_MEMBER, import_webdataset
+from data.shards import PATHS_MEMBER, check_name, import_webdataset
 from util import Log, Progress, UserError, atomic_write, make_folder, run_main
-
-
-def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("dir", metavar="DIR", help="folder of images, or a text file of paths")
-    parser.add_argument(
-        "pattern", metavar="PATTERN", help="the shards, numbered by %%d: 'out/train-%%06d.tar'"
-    )
-    parser.add_argument("--size-mb", type=float, default=300, help="size of a shard in MB (default: 300)")
-    parser.add_argument(
-        "--resize",
-        type=int,
-        metavar="SIDE",
-        help="resize the shorter side to this where it is longer, e.g. 256 (default: copy the bytes)",
-    )
-    parser.add_argument(
-        "--quality", type=int, default=95, help="JPEG quality of resized images, 1 to 100 (default: 95)"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=2, help="processes that decode and resize (default: 2)"
-    )
-    parser.add_argument(
-        "--skip-bad-images",
-        action="store_true",
-        help="leave out images that cannot be decoded, naming each (default: stop at the first)",
-    )
-    return parser
 
 
 def main(args: argparse.Namespace) -> list[Path]:
     """Write the shards; returns their paths."""
-    check_args(args)
+    first, second = (shard_path(args.pattern, number) for number in (0, 1))
+    if first == second or first.suffix != ".tar":
+        raise UserError(f"{args.pattern}: give a numbered name that ends in .tar, as in 'train-%06d.tar'")
     import_webdataset()
     images = data.list_images(args.dir)
     if len(set(images.paths)) < len(images):
         raise UserError(f"{args.dir} names an image twice; in shards each image has a name of its own")
-    make_folder(Path(args.pattern).parent)
+    for path in images.paths:
+        check_name(path, args.dir)
+    make_folder(first.parent)
     log = Log()
     progress = Progress(len(images), "images", log=log)
-    samples = read_samples(images, args, log, progress)
-    written = write_shards(samples, args.pattern, round(args.size_mb * 1e6))
-    progress.close()
-    if not written:
-        raise UserError(f"{args.dir}: no image could be decoded, nothing was written")
+    with unfinished(args.pattern) as begin:
+        encoded = Encoded(images, args.resize, round(args.quality))
+        samples = read_samples(encoded, args.workers, args.skip_bad_images, log, progress)
+        written = write_shards(samples, args.pattern, round(args.size_mb * 1e6), begin)
+        progress.close()
+        if not written:
+            raise UserError(f"{args.dir}: no image could be decoded, nothing was written")
     size = sum(path.stat().st_size for path in written)
     log(f"{len(written)} shard(s), {size / 1e6:.1f} MB: {written[0]} to {written[-1].name}")
     return written
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse what makes no sense, and shards that stand there already."""
-    if args.size_mb <= 0:
-        raise UserError(f"--size-mb {args.size_mb}: give a size above 0")
-    if args.resize is not None and args.resize < 1:
-        raise UserError(f"--resize {args.resize}: give a side of 1 pixel or more, e.g. 256")
-    if not 1 <= args.quality <= 100:
-        raise UserError(f"--quality {args.quality}: give 1 to 100")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: give 0 or more")
-    first, second = (shard_path(args.pattern, number) for number in (0, 1))
-    if first == second or first.suffix != ".tar":
-        raise UserError(f"{args.pattern}: give a numbered name that ends in .tar, as in 'train-%06d.tar'")
-    if first.exists():
-        raise UserError(f"{first} exists already: choose another name, or remove the shards that are there")
 
 
 def shard_path(pattern: str, number: int) -> Path:
@@ -141,19 +131,15 @@ def to_jpeg(image: torch.Tensor, quality: int) -> bytes:
 
 
 def read_samples(
-    images: data.ImageList, args: argparse.Namespace, log: Log, progress: Progress
+    encoded: Encoded, workers: int, skip_bad: bool, log: Log, progress: Progress
 ) -> Iterator[tuple[str, bytes, int | None]]:
     """(relative path, bytes, class id or None) of every image that can be decoded, in order."""
-    loader = DataLoader(
-        Encoded(images, args.resize, args.quality),
-        batch_size=None,
-        num_workers=args.workers,
-        worker_init_fn=data.init_worker,
-    )
+    images = encoded.images
+    loader = DataLoader(encoded, batch_size=None, num_workers=workers, worker_init_fn=data.init_worker)
     for i, (content, reason) in enumerate(loader):
         if content is not None:
             yield images.paths[i], content, None if images.classes is None else int(images.classes[i])
-        elif args.skip_bad_images:
+        elif skip_bad:
             progress.clear()
             log(f"left out {images.path(i)}: {reason}")
         else:
@@ -164,14 +150,62 @@ def read_samples(
 # ---------------------------------------------------------------------------------------- writing
 
 
+@contextlib.contextmanager
+def unfinished(pattern: str) -> Iterator[Callable[[Path], None]]:
+    """begin(shard), to be called before a shard is written: what a call has made goes where it ends early.
+
+    At once, or where it was killed when the next one begins: FIRST_SHARD.unfinished names the shards until
+    the last is whole. Raises UserError where shards of that name are there, or another process writes them.
+    """
+    first = shard_path(pattern, 0)
+    journal = first.with_name(f"{first.name}.unfinished")
+    with open(journal, "ab+", buffering=0) as file:  # nothing is left to write where a write fails
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{first}: another process is writing these shards") from None
+
+        def begin(shard: Path) -> None:
+            if shard.exists():
+                raise UserError(
+                    f"{shard} exists already: choose another name, or remove the shards that are there"
+                )
+            file.write(os.fsencode(f"{shard.name}\n"))
+            os.fsync(file.fileno())
+
+        try:
+            clear(file, pattern)
+            yield begin
+        except BaseException:
+            clear(file, pattern)
+            raise
+        finally:
+            journal.unlink()
+
+
+def clear(journal: BinaryIO, pattern: str) -> None:
+    """Remove the shards that the journal names, and what was begun of them; empty it."""
+    journal.seek(0)
+    for number, name in enumerate(os.fsdecode(journal.read()).split("\n")):
+        shard = shard_path(pattern, number)
+        if shard.name == name:
+            for path in (shard, *shard.parent.glob(f"{glob.escape(name)}.tmp-*")):
+                path.unlink(missing_ok=True)
+    journal.truncate(0)
+
+
 def write_shards(
-    samples: Iterator[tuple[str, bytes, int | None]], pattern: str, max_bytes: int
+    samples: Iterator[tuple[str, bytes, int | None]],
+    pattern: str,
+    max_bytes: int,
+    begin: Callable[[Path], None],
 ) -> list[Path]:
     """Write samples into numbered shards of about max_bytes each; none is ever half there under its name."""
     written: list[Path] = []
     first = 0  # index of the shard's first sample
     for sample in samples:
         path = shard_path(pattern, len(written))
+        begin(path)
         with atomic_write(path, "wb") as file:
             first += write_shard(file, itertools.chain([sample], samples), first, max_bytes)
         written.append(path)
@@ -212,4 +246,4 @@ def add_paths(tar: tarfile.TarFile, paths: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser().parse_args())
+    run_main(main, ARGS)

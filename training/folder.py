@@ -11,22 +11,28 @@ import socket
 from pathlib import Path
 from typing import IO
 
-import checkpoint
+from training import schema
 from util import Log, UserError, make_folder
 
 AUTO = "auto"
+REPLACED = ".replaced"  # what the name of a checkpoint ends in that another past of the run has made
 
 
 class Folder:
-    """EXP of a run, held by this process alone; name: of its checkpoint's file."""
+    """EXP of a run, held by this process alone; name: of its checkpoint's file.
 
-    def __init__(self, path: str | Path, name: str) -> None:
-        self.path = Path(path)
+    keep: whether periodic checkpoints are kept, each in a file of its own, or the last one alone.
+    """
+
+    def __init__(self, path: str | Path, name: str, keep: bool = True) -> None:
+        self.path, self.keep = Path(path), keep
         self.last = self.path / name
         self._lock: IO | None = None
 
     def periodic(self, n: int) -> Path:
-        """The n-th of the checkpoints that are kept; its folder is there."""
+        """Where the n-th periodic checkpoint goes; its folder is there."""
+        if not self.keep:
+            return self.last
         make_folder(self.path / "checkpoints")
         return self.path / "checkpoints" / f"{self.last.name.split('.')[0]}_{n}.pth.tar"
 
@@ -47,25 +53,31 @@ class Folder:
         Raises UserError where it cannot be written, or another process holds it.
         """
         make_folder(self.path)
-        lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        lock = open(self.path / f".{self.last.name}.lock", "a+", encoding="utf-8")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             lock.close()
             raise UserError(f"--exp {self.path}: in use by {holder}; choose another folder") from None
+        except OSError:  # a file system without locks
+            lock.close()
+            return
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self._lock = lock
+        _HELD.add(lock)
         for left_over in (*self.path.glob("*.tmp-*"), *self.path.glob("checkpoints/*.tmp-*")):
-            with contextlib.suppress(OSError):
-                left_over.unlink()
+            if not runs_beside(left_over.name.rpartition("-")[2]):
+                with contextlib.suppress(OSError):
+                    left_over.unlink()
 
     def close(self) -> None:
         """Let another process have the folder."""
         if self._lock is not None:
+            _HELD.discard(self._lock)
             self._lock.close()
             self._lock = None
 
@@ -89,23 +101,59 @@ class Folder:
         return resume
 
     def _furthest(self, log: Log) -> str | None:
-        """By what the files say, not by their times; those that cannot be read are warned about."""
-        found: list[tuple[int, int, Path]] = []
+        """By what the files say, not by their times; those that cannot be used are warned about."""
+        found: list[tuple[tuple[int, int], Path]] = []
         for path in self.checkpoints():
             try:
-                state = checkpoint.read(path, peek=True)
-                found.append((int(state["epoch"]), int(state["iteration"]), path))
+                found.append((schema.place(path), path))
             except UserError as error:
                 log(f"warning: passed over, {error}")
-            except (KeyError, TypeError, ValueError):
-                log(f"warning: passed over, {path}: not a checkpoint of a run")
-        for *_, path in sorted(found, key=lambda entry: entry[:2], reverse=True):
+        for _, path in sorted(found, key=lambda entry: entry[0], reverse=True):
             try:
-                checkpoint.read(path)
+                schema.read(path)
                 return str(path)
             except UserError as error:
                 log(f"warning: passed over, {error}")
         return None
+
+    def set_aside(self, place: tuple[int, int], log: Log) -> None:
+        """Rename the checkpoints beyond (epoch, iteration), from where the run goes on.
+
+        Its log ends there, and `--resume auto` is not to take one of another past for the furthest.
+        """
+        for path in self.checkpoints():
+            try:
+                beyond = schema.place(path) > place
+            except UserError:
+                continue
+            if beyond:
+                os.replace(path, path.with_name(path.name + REPLACED))
+                log(f"note: {path.name} is beyond the checkpoint that is resumed: renamed to *{REPLACED}")
+
+
+# Locks that this process holds. A forked data loading worker may outlive it for seconds, and must not.
+_HELD: set[IO] = set()
+
+
+def _let_go() -> None:
+    for lock in _HELD:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def runs_beside(process: str) -> bool:
+    """Whether another process of this machine has this number; containers begin with the same ones again."""
+    try:
+        if int(process) == os.getpid():
+            return False
+        os.kill(int(process), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def origin_of(path: str | Path) -> Path:

@@ -34,6 +34,9 @@ class ClusterLog:
             raise UserError(f"{self.path}: the log of the earlier epochs is missing or shorter than it was")
         self.size = size
         with open(self.path, "r+b") as file:
+            file.seek(max(size - 1, 0))
+            if size < len(EMPTY_LOG) or file.read(1) not in b".]":  # STOP, or what the next entry begins with
+                raise UserError(f"{self.path}: no epoch ends at byte {size}, where the checkpoint says so")
             file.seek(size - 1)
             file.write(b".")  # from here on the file is valid with fewer epochs
             file.truncate(size)
@@ -62,13 +65,15 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a `log.jsonl`; a last line that was cut by a kill is left out."""
+    """The records of a `log.jsonl`; lines that are none, such as a last one cut by a kill, are left out."""
     records = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("epoch")) is int:
+            records.append(record)
     return records
 
 
@@ -77,6 +82,23 @@ def keep_lines_before(path: Path, epoch: int) -> None:
     records = [record for record in read_lines(path) if record["epoch"] < epoch] if path.is_file() else []
     with atomic_write(path) as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def advice(epoch: int, loss: float, log_k: float) -> str | None:
+    """What to do about the loss of an epoch, of which log_k is that of guessing; None where all is well."""
+    if epoch < 2:
+        return None
+    if loss > 1.1 * log_k:
+        return (
+            f"the loss {loss:.3f} is far above log k = {log_k:.3f}, what guessing gives: training diverges; "
+            "try a lower --lr"
+        )
+    if loss > 0.98 * log_k:
+        return (
+            f"the loss {loss:.3f} is stuck at log k = {log_k:.3f}: the cluster ids are not being learnt; try "
+            "a higher --lr or a smaller --k"
+        )
+    return None
 
 
 def take_over(name: str, origin: Path, exp: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.schema import check_optimizer
+
 Schedule = Callable[[int], float]
 
 
@@ -19,8 +21,22 @@ def sgd(
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load momentum and the like; learning rate, decay and momentum's factor stay those of the optimiser."""
+    """Load momentum and the like; learning rate, decay and momentum's factor stay those of the optimiser.
+
+    Raises ValueError where what was saved has another shape than its parameter: fused steps do not look.
+    """
+    check_optimizer("its state", state)
     groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state["state"].items():
+        if i >= len(parameters):
+            raise ValueError(f"it has a parameter number {i}, here are {len(parameters)}")
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor) or name == "step":  # which Adam counts in a tensor
+                continue
+            if value.shape != parameters[i].shape or value.dtype != parameters[i].dtype:
+                is_not = f"{tuple(value.shape)} {value.dtype}, not {tuple(parameters[i].shape)}"
+                raise ValueError(f"{name} of parameter {i} is {is_not} {parameters[i].dtype}")
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 

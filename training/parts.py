@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 
-import checkpoint
 from models.network import Network
 from models.weights import load_weights, model_weights
-from training import optim
+from training import optim, schema
 from util import Log, UserError
 
 # Settings that may change in a resumed run without a word; of the others those that are not fixed are told.
@@ -16,12 +15,7 @@ FREE = frozenset({
     "dir", "data", "shards", "exp", "resume", "epochs", "start_epoch", "init", "checkpoints", "workers",
     "device", "verbose", "skip_bad_images", "crop_cache", "no_report", "tensorboard",
 })  # fmt: skip
-TOP = {
-    "net": "state_dict",
-    "body": "optimizer",
-    "optimizer": "optimizer",
-}  # names that others read
-PLACE = ("epoch", "position", "iteration", "record", "loss", "args", "parts")
+TOP = {"net": "state_dict", "body": "optimizer", "optimizer": "optimizer"}  # names that others read
 
 
 class Parts:
@@ -30,6 +24,7 @@ class Parts:
     def __init__(self) -> None:
         self.kept: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
+        self._void: set[str] = set()
         self._path: Path | None = None
 
     def read(
@@ -37,15 +32,9 @@ class Parts:
     ) -> dict[str, Any]:
         """Read the checkpoint at path, whose parts are then restored when they are kept; returns its content.
 
-        Raises UserError unless it is one of this method, with the same settings where those are fixed.
+        Raises UserError unless it is a good one of this method, with the same settings where those are fixed.
         """
-        saved = upgrade(checkpoint.read(path))
-        missing = [name for name in PLACE if name not in saved]
-        if missing:
-            raise UserError(
-                f"--resume {path}: holds no {missing[0]}, so it is not a checkpoint of a run of this "
-                "program; to start from its weights use --init"
-            )
+        saved = schema.read(path)
         if saved["method"] != method:
             raise UserError(f"--resume {path}: a checkpoint of {saved['method']}, not of {method}")
         check_same(saved["args"], settings, fixed, path, log)
@@ -56,19 +45,29 @@ class Parts:
     def keep(self, **parts: Any) -> None:
         """Kept from now on; restored, once, where a checkpoint was read. UserError if one does not fit."""
         for name, part in parts.items():
+            new = name not in self.kept
             self.kept[name] = part
-            if name not in self._saved:
+            if self._path is None or not new or name in self._void:
                 continue
-            state = self._saved.pop(name)
-            try:
-                self._restore(part, state)
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise UserError(f"--resume {self._path}: its {name} does not fit ({reason})") from error
+            if name not in self._saved:
+                raise UserError(f"--resume {self._path}: holds no {name}; take another checkpoint")
+            self.restore(name, part, self._saved.pop(name))
+
+    def restore(self, name: str, part: Any, state: Any) -> None:
+        """Load what was saved of a part. Raises UserError where it does not fit."""
+        try:
+            self._restore(part, state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"--resume {self._path}: its {name} does not fit ({reason})") from error
 
     def _restore(self, part: Any, state: Any) -> None:
         if isinstance(part, Network):
             weights = model_weights({"state_dict": state, "arch": part.arch}, self._path)[1]
+            own = part.state_dict()
+            for name in own.keys() & weights.keys():
+                if own[name].dtype != weights[name].dtype:
+                    raise ValueError(f"{name} is {weights[name].dtype}, not {own[name].dtype}")
             load_weights(part, weights, self._path)
         elif isinstance(part, torch.optim.Optimizer):
             optim.restore(part, state)
@@ -78,6 +77,7 @@ class Parts:
     def forget(self, name: str) -> None:
         """What was read of this part is void: it is made anew."""
         self._saved.pop(name, None)
+        self._void.add(name)
 
     def state_dict(self) -> dict[str, Any]:
         """The states of the parts, some of them under the names that checkpoints have always had."""
@@ -98,22 +98,3 @@ def check_same(was: dict[str, Any], now: dict[str, Any], fixed: tuple, path: Pat
                 f"new run{weights}"
             )
         log(f"note: {name} was {was[name]} and is {value} from here on")
-
-
-def upgrade(saved: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint of any version of this repository in today's form."""
-    if "parts" in saved or "clustered" not in saved or "assignment" not in saved:
-        return saved
-    record = dict(saved["record"])
-    labels = {
-        "epoch": saved["epoch"] if saved["clustered"] else saved["epoch"] - 1,
-        "assignments": [saved["assignment"]],
-        "clusters_size": saved["clusters_size"],
-        "figures": {name: value for name, value in record.items() if name not in ("epoch", "seconds")},
-    }
-    images = saved["images"] | {"skipped": saved["skipped"]}
-    return saved | {
-        "method": "deepcluster",
-        "record": {"seconds": record.get("seconds", {})},
-        "parts": {"images": images, "labels": labels, "head": saved["optimizer_head"]},
-    }

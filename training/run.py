@@ -16,7 +16,6 @@ Under torchrun every process runs all of it, on its part of the images.
 
 import argparse
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,27 +29,19 @@ import data
 import distributed
 from data import ImageList, PlainView, RandomView
 from data.sampling import ShareSampler
-from features import Pass, extract_features
+from data.views import Batch
+from features import Pass, extract_features, without_rows
 from models.network import Network
 from models.parallel import Share, share_among_ranks
 from models.weights import init_weights
-from training import logs
+from training import logs, machine
 from training.announce import versions
 from training.folder import Folder, origin_of
 from training.optim import Schedule
 from training.parts import Parts
 from training.signals import Signals
 from training.steps import Loss, Steps, deal
-from util import (
-    AverageMeter,
-    Log,
-    Preempted,
-    Progress,
-    UserError,
-    derive_seed,
-    peak_memory_gib,
-    set_precision,
-)
+from util import AverageMeter, Log, Preempted, Progress, UserError, derive_seed, explain, set_precision
 
 
 class Run:
@@ -71,7 +62,7 @@ class Run:
         names = (f"{method}.pth.tar", f"{method}.log", f"{method}.jsonl")
         names = names if own_files else ("checkpoint.pth.tar", "train.log", "log.jsonl")
         self.exp = Path(args.exp)
-        self.folder = Folder(self.exp, names[0])
+        self.folder = Folder(self.exp, names[0], keep=not own_files)
         self._log_file, self.lines = (self.exp / name for name in names[1:])
         self.share, self.signals, self.parts = Share(), Signals(), Parts()
         self.sync_bn = False
@@ -79,42 +70,48 @@ class Run:
         self.position = self.iteration = 0
         self.record: dict[str, Any] = {"seconds": {}}
         self.meter = AverageMeter()
+        self._told = False
 
     # -- from start to end
 
     def __enter__(self) -> "Run":
         args = self.args
-        self.device = distributed.init(args.device)
+        self.signals.__enter__()
         try:
-            set_precision(args.precision, self.device)
-            self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
-            self.batch = getattr(args, "batch", None) or args.batch_size * distributed.world_size()
-            if self.batch < distributed.world_size():
-                raise UserError(
-                    f"--batch {self.batch}: is of all {distributed.world_size()} processes together"
-                )
+            self.device = distributed.init(args.device)
+            self._check_machine()
             self.log = Log(quiet=not distributed.is_main())
             args.resume = distributed.on_main(self._open_folder)
             self.resumed = args.resume is not None
             if self.resumed:
                 self._read(Path(args.resume))
-            self.board = self._open_board() if getattr(args, "tensorboard", False) else None
-            self.signals.__enter__()
-        except BaseException:
-            self._leave()
+            board = getattr(args, "tensorboard", False) and distributed.is_main()
+            self.board = logs.open_tensorboard(self.exp) if board else None
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         self.signals.__exit__()
-        self._leave()
+        self.folder.close()
+        distributed.shutdown()
         # What a library makes of a signal that came while it computed is not what ended the run.
         if self.signals.asked is not None and error is not None and not isinstance(error, Preempted):
             raise self.signals.asked from error
 
-    def _leave(self) -> None:
-        self.folder.close()
-        distributed.shutdown()
+    def _check_machine(self) -> None:
+        """Refuse settings that this machine cannot do, before anything is written."""
+        args, ranks = self.args, distributed.world_size()
+        set_precision(args.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=args.precision == "fp16")
+        self.batch = getattr(args, "batch", None) or args.batch_size * ranks
+        if self.batch < ranks:
+            raise UserError(f"--batch {self.batch}: is of all {ranks} processes together")
+        sides = [args.image_size] if hasattr(args, "image_size") else args.size_crops
+        machine.check_shared_memory(args.workers, -(-self.batch // ranks), max(sides))
+        if getattr(args, "compile", False):
+            machine.check_compiler(self.device)
 
     def _open_folder(self) -> str | None:
         """Lock EXP and find the checkpoint to go on from; a new run begins with an empty log."""
@@ -135,9 +132,6 @@ class Run:
         """The folder of the run that goes on here: EXP itself, or another one."""
         return origin_of(self.args.resume) if self.resumed else self.exp
 
-    def _open_board(self) -> Any:
-        return logs.open_tensorboard(self.exp) if distributed.is_main() else None
-
     def _read(self, path: Path) -> None:
         """Take over a checkpoint's place and log; its parts follow when they are kept."""
         saved = self.parts.read(path, self.method, vars(self.args), self.fixed, self.log)
@@ -145,11 +139,12 @@ class Run:
         self.record = saved["record"]
         self.meter.sum, self.meter.count = saved["loss"]["sum"], saved["loss"]["count"]
         if self.scaler.is_enabled() and saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
+            self.parts.restore("scaler", self.scaler, saved["scaler"])
         distributed.on_main(self._restore_log, origin_of(path))
         self.log(f"resuming {path} in epoch {self.epoch} after {self.iteration} iterations")
 
     def _restore_log(self, origin: Path) -> None:
+        self.folder.set_aside((self.epoch, self.iteration), self.log)
         logs.take_over(self.lines.name, origin, self.exp)
         logs.keep_lines_before(self.lines, self.epoch)
 
@@ -173,13 +168,11 @@ class Run:
     def open_images(self, enough: Callable[[ImageList], None] | None = None) -> ImageList:
         """The images that DIR or --shards names, those that cannot be read told or left out."""
         args = self.args
-        cores = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
-        if args.workers > cores:
-            of = "this machine" if distributed.world_size() == 1 else "each process"
-            self.log(f"warning: --workers {args.workers}, but {of} has {cores} core(s); {cores} would do")
+        machine.warn_of_workers(args.workers, self.log)
         return data.open_images(
             args.dir, args.shards, bad_list=self.exp / "bad_images.txt", skip_bad=args.skip_bad_images,
-            scaled=getattr(args, "scaled_decoding", False), workers=args.workers, enough=enough, log=self.log,
+            all_splits=getattr(args, "all_splits", False), scaled=getattr(args, "scaled_decoding", False),
+            workers=args.workers, enough=enough, log=self.log,
         )  # fmt: skip
 
     def network(self, net: Network, init: str | None = None, sync_bn: bool = False) -> Network:
@@ -233,21 +226,15 @@ class Run:
         self.record["seconds"]["features"] = progress.seconds
         self._count_images("features", len(view), progress.seconds)
         broken = sorted(i for part in distributed.gather_objects(broken) for i in part)
-        return self._without(features, broken, rows, view) if broken else features
-
-    def _without(self, features: np.ndarray, broken: list[int], rows: range, view: PlainView) -> np.ndarray:
-        """The features of this rank's images `rows` without the broken images, which leave the list."""
-        images = view.images
+        if not broken:
+            return features
+        images, names = view.images, self.exp / "bad_images.txt"
         bad = data.reasons(images, broken)
         if self.iteration > 0:
             raise UserError(f"{images.path(broken[0])}: was readable before and is no longer: {bad[0][1]}")
-        kept = np.setdiff1d(np.arange(rows.start, rows.stop), broken) - rows.start
-        data.leave_out(images, bad, self.exp / "bad_images.txt", self.args.skip_bad_images, self.log)
+        data.leave_out(images, bad, names, self.args.skip_bad_images, self.log)
         view.cache = None  # it has rows for images that are no longer there
-        for start in range(0, len(kept), 1024):  # in place: kept[i] >= i, so no row is overwritten unread
-            block = kept[start : start + 1024]
-            features[start : start + len(block)] = features[block]
-        return features[: len(kept)]
+        return without_rows(features, broken, rows)
 
     def train_pass(
         self,
@@ -267,26 +254,26 @@ class Run:
         rank after the same step, with a checkpoint.
         """
         sampler = ShareSampler(draws, self.batch, self.position, distributed.rank(), distributed.world_size())
+        self._check_sampler(sampler)
         view = view.at(self.args.seed, self.epoch)
         loader = data.make_loader(view, self.batch, self.args.workers, self.device, batch_sampler=sampler)
-        left, before = max(len(draws) - self.position * self.batch, 0), self.meter.count
+        left, before = sum(total for total, _ in sampler.shares()), self.meter.count
         progress = Progress(left, f"epoch {self.epoch} training", log=self.log)
         options = {"schedule": schedule, "clip": clip, "after_backward": after_backward}
         steps = Steps(net, optimizers, loss, self.device, self.args.precision, self.scaler, **options)
         net.train()
         with self.signals.held():
-            for total, batch in deal(loader, sampler, self.share):
+            for total, batch in self._watched(deal(loader, sampler, self.share)):
                 torch.manual_seed(self._before_step())
-                asked = self.signals.asked is not None
-                value, stopped = steps.step(batch, total, self.iteration - 1, asked)
+                value, stopped = steps.step(batch, total, self.iteration - 1, self.signals.asked is not None)
                 self.meter.update(value, total)
                 progress.update(total, f"loss {self.meter.avg:.4f}")
                 if stopped:
                     self._stop()
-        if not self.sync_bn:
-            distributed.broadcast_tensors(
-                net.buffers()
-            )  # the first rank's running statistics are the network's
+            if not self.sync_bn:  # the first rank's running statistics are the network's
+                distributed.broadcast_tensors(net.buffers())
+            if self._asked():  # in the last step, after that had asked
+                self._stop()
         progress.close(f"loss {self.meter.avg:.4f}")
         self.record["seconds"]["train"] = progress.seconds
         self._count_images("train", self.meter.count - before, progress.seconds)
@@ -309,6 +296,29 @@ class Run:
             progress.update(total)
         progress.close()
 
+    def _check_sampler(self, sampler: ShareSampler) -> None:
+        """Refuse a place beyond the epoch; say, once, that its last two batches are one."""
+        if self.position > sampler.steps:
+            raise UserError(
+                f"--resume {self.args.resume}: stands at step {self.position} of an epoch that has "
+                f"{sampler.steps}; take another checkpoint"
+            )
+        if sampler.joined and not self._told:
+            self._told = True
+            self.log("the last batch of an epoch would be of one image, which joins the batch before it")
+
+    def _watched(self, batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
+        """The batches; where the workers that make them have died a checkpoint is written."""
+        try:
+            yield from batches
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            known = explain(error)
+            if known is None:
+                raise
+            if distributed.world_size() == 1:  # else the others are in their step: the last one it is
+                self.save(self.folder.last)
+            raise UserError(f"{known}; go on with --resume auto") from error
+
     def _count_images(self, what: str, number: int, seconds: float) -> None:
         rate = round(number / max(seconds, 1e-9), 1)
         self.record["images_per_second"] = self.record.get("images_per_second", {}) | {what: rate}
@@ -324,6 +334,11 @@ class Run:
         self.iteration += 1
         return self.seed("step", self.iteration)
 
+    def _asked(self) -> bool:
+        """Whether a signal has come to any rank; to be asked on all of them."""
+        asked = torch.tensor([float(self.signals.asked is not None)])
+        return distributed.all_reduce(asked).item() > 0
+
     def _stop(self) -> None:
         """End the run after this step, as a signal asked for; on every rank."""
         self.save(self.folder.last)
@@ -331,47 +346,33 @@ class Run:
 
     # -- log and checkpoint
 
-    def finish_epoch(self, log_k: float | None = None, **figures: Any) -> dict[str, Any]:
+    def finish_epoch(self, log_k: float | None = None, save: bool = True, **figures: Any) -> dict[str, Any]:
         """Write the epoch's log line and checkpoint, and stand before the next epoch; returns the record.
 
-        log_k: the loss of guessing; one that stays there, or is far above, is warned about.
+        log_k: the loss of guessing; one that stays there, or is far above, is warned about. save: False where
+        epochs are so short that a checkpoint every --checkpoints steps is enough.
         """
         loss = self.meter.avg
         record = {"epoch": self.epoch, **self.record, **figures, "loss": loss, "iteration": self.iteration}
         if log_k is not None:
             record["loss_over_log_k"] = loss / log_k
-            self._warn(loss, log_k)
-        seconds = record["seconds"] | {"total": sum(record["seconds"].values())}
-        record["seconds"] = {name: round(value, 2) for name, value in seconds.items()}
-        record["peak_memory_gib"] = round(peak_memory_gib(), 3)
-        if self.device.type == "cuda":
-            record["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 3)
+            advice = logs.advice(self.epoch, loss, log_k)
+            if advice is not None:
+                self.log(f"warning: {advice}")
+        record |= machine.costs(record["seconds"], self.device)
         self.epoch, self.position = self.epoch + 1, 0
         self.record, self.meter = {"seconds": {}}, AverageMeter()
         with self.signals.held():
             if distributed.is_main():
                 logs.append_line(self.lines, record)
-            self.save(self.folder.last)
+            if save or self._asked():
+                self.save(self.folder.last)
             every = getattr(self.args, "checkpoint_freq", None)
             if every and ((self.epoch - 1) % every == 0 or self.epoch == self.args.epochs):
                 self.save(self.folder.of_epoch(self.epoch - 1))
         if self.board is not None:
             logs.to_tensorboard(self.board, record)
         return record
-
-    def _warn(self, loss: float, log_k: float) -> None:
-        if self.epoch < 2:
-            return
-        if loss > 1.1 * log_k:
-            self.log(
-                f"warning: the loss {loss:.3f} is far above log k = {log_k:.3f}, what guessing gives: "
-                "training diverges; try a lower --lr"
-            )
-        elif loss > 0.98 * log_k:
-            self.log(
-                f"warning: the loss {loss:.3f} is stuck at log k = {log_k:.3f}: the cluster ids are not "
-                "being learnt; try another --lr or a smaller --k"
-            )
 
     def save(self, path: Path) -> None:
         """Everything from which the run goes on exactly; `epoch` is the one to go on with."""

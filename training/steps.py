@@ -5,6 +5,8 @@ rank's images, () float. The step divides by the size of the global batch and av
 """
 
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -105,6 +107,9 @@ def deal(loader: Iterable[Batch], sampler: ShareSampler, share: Share) -> Iterat
     `share` says meanwhile which part it is.
     """
     batches, last = iter(loader), None
+    if threading.current_thread() is threading.main_thread():
+        # A dead worker is noticed when its batch is asked for, rather than in the middle of a step.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for total, rows in sampler.shares():
         share.total, share.rows = total, rows
         last = next(batches) if rows else empty_like(last, sampler)

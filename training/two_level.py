@@ -33,8 +33,8 @@ def by_super_class(
 ) -> np.ndarray:
     """The draws of an epoch, (total, 2) int64: image and quarter turns, ordered by class in every batch.
 
-    ids (N,): the cluster of each image, super-cluster * fine + sub-class; active: the super-clusters that hold
-    images. The classes are (super-cluster, turn) pairs, each of which gets as many draws as any other,
+    ids (N,): the cluster of each image, super-cluster * fine + sub-class; active: the super-clusters that
+    hold images. The classes are (super-cluster, turn) pairs, each of which gets as many draws as any other,
     to one; within one they are uniform over its sub-classes. Draws of different classes, and of other seeds,
     are independent.
     """

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import distributed
 from data import ImageList
 from training.labels import PseudoLabels
 from training.run import Run
@@ -13,7 +14,7 @@ from visu.report import write_report
 def finish(run: Run, images: ImageList, labels: PseudoLabels) -> None:
     """Say where the weights are and, without --no-report, write the pictures."""
     run.log(f"done: {run.epoch} epochs. Weights: {run.folder.last}  log: {run.lines}")
-    if run.is_main and not run.args.no_report:
+    if distributed.is_main() and not run.args.no_report:
         write_pictures(run.exp, images, labels, run.args.seed, run.log)
 
 

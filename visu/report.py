@@ -19,7 +19,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from training import logs
-
 from util import Log, UserError, atomic_write, run_main
 from visu.pages import printable, read_config
 

@@ -1,12 +1,13 @@
 """The ONNX file, run by onnxruntime on raw pixels, against the network on normalised ones."""
 
-import export
 import numpy as np
 import pytest
 import torch
 
 import checkpoint
 import data
+import models
+from formats import onnx as export
 from tests import tiny
 from util import UserError
 
@@ -22,7 +23,8 @@ def registered():
 
 def make_net(sobel, head=6):
     """A network whose batch norms are not the identity."""
-    net = tiny.tiny(sobel, head, seed=3)
+    net = tiny.tiny(sobel, seed=3)
+    net.set_head(head, seed=3)
     with torch.no_grad():
         net(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))  # moves the statistics
         for layer in net.features:
@@ -101,12 +103,48 @@ def test_the_command_line_writes_from_a_checkpoint_and_checks_its_arguments(tmp_
 
     for extra, message in (
         (["--layer", "conv9"], "tiny has no layer conv9; it has sobel, conv1.pre"),
-        (["--image-size", "0"], "--image-size 0"),
         (["--image-size", "22", "--opset", "99"], "--opset 99: "),
     ):
         with pytest.raises(UserError, match=message):
             main(*extra)
         assert not out.exists()
+    with pytest.raises(SystemExit) as stop:
+        main("--image-size", "0")
+    assert stop.value.code == 2 and "--image-size: 0: must be at least 1" in capsys.readouterr().err
     main("--image-size", "22", "--input", "bgr")
     assert "tiny to fc7.pre, takes images (B, 3, 22, 22), BGR in 0..255" in capsys.readouterr().out
     assert run(out, np.zeros((2, 3, 22, 22))).shape == (2, 40)
+
+
+def test_a_resnet_gives_its_feature_and_any_map(tmp_path):
+    net = models.build("resnet18s", sobel=True, seed=1)
+    net(torch.randn(4, 3, 32, 32))
+    net.eval()
+    for layer, shape in ((None, (3, 512)), ("layer2", (3, 128, 16, 16))):
+        path = tmp_path / "net.onnx"
+        assert export.export(net, path, layer, image_size=32) <= 1e-4
+        images = np.random.default_rng(1).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+        with torch.no_grad():
+            name = layer or "avgpool"
+            expected = net.activations(data.normalise(torch.from_numpy(images)), [name])[name].numpy()
+        found = run(path, images)
+        assert found.shape == shape and np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_images_too_small_or_too_large_for_the_network_are_one_line(tmp_path):
+    for size in (3, 10**7):
+        with pytest.raises(UserError, match=rf"--image-size {size}: alexnet cannot take it") as error:
+            export.export(models.build("alexnet"), tmp_path / "net.onnx", image_size=size)
+        assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    net = make_net(True)
+    with torch.no_grad():
+        net.classifier[1].weight.fill_(float("nan"))
+    model, out = tmp_path / "nan.pth.tar", tmp_path / "net.onnx"
+    checkpoint.save(model, {"arch": "tiny", "state_dict": net.state_dict()})
+    with pytest.raises(UserError, match=r"nan\.pth\.tar: classifier\.1\.weight has .* not finite"):
+        export.main(export.get_parser().parse_args(["--model", str(model), "--out", str(out)]))
+    assert not out.exists()

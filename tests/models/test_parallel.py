@@ -1,16 +1,13 @@
 """Batch norm and dropout of a batch that lies in two processes, against one process."""
 
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
+import distributed
 import models
-from models.parallel import Share, SharedDropout, SyncBatchNorm2d, share_among_ranks
-from tests import tiny
+from models.parallel import Share, SharedDropout, SyncBatchNorm, share_among_ranks
+from tests.ranks import spawn
 
 SPLITS = ((5, 3), (8, 0), (1, 7))
 
@@ -27,15 +24,12 @@ def whole():
     return x, weight, layer
 
 
-def on_rank(rank, port, folder):
-    """What a rank computes of every split: written to a file, as the parent asserts."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    found = []
+def on_rank():
+    """What a rank computes of every split."""
+    found, rank = [], distributed.rank()
     for split in SPLITS:
         x, weight, reference = whole()
-        layer = SyncBatchNorm2d(4)
+        layer = SyncBatchNorm(4)
         layer.load_state_dict(reference.state_dict())
         rows = range(split[0]) if rank == 0 else range(split[0], 8)
         x = x[rows.start : rows.stop].requires_grad_()
@@ -47,18 +41,12 @@ def on_rank(rank, port, folder):
             "y": y.detach(), "gradient": x.grad, "dropped": dropped,
             "weight": layer.weight.grad, "bias": layer.bias.grad, "state": layer.state_dict(),
         })  # fmt: skip
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(on_rank, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+def ranks():
+    return spawn(on_rank, 2)
 
 
 @pytest.mark.parametrize("case", range(len(SPLITS)))
@@ -85,13 +73,13 @@ def test_dropout_masks_of_two_processes_make_up_that_of_one(ranks, case):
 
 
 def test_names_weights_and_evaluation_stay_as_they_are():
-    net, shared = (tiny.tiny(True, 5, seed=1).eval() for _ in range(2))
+    net, shared = (models.build("tiny", True, 5, seed=1).eval() for _ in range(2))
     share_among_ranks(shared, Share(), sync_bn=True)
     assert list(net.state_dict()) == list(shared.state_dict())
     x = torch.randn(2, 3, 32, 32)
     assert torch.equal(net(x), shared(x))
     kinds = [type(layer) for layer in shared.features]
-    assert SyncBatchNorm2d in kinds and nn.BatchNorm2d not in kinds
+    assert SyncBatchNorm in kinds and nn.BatchNorm2d not in kinds
     share_among_ranks(net, Share(), sync_bn=False)
-    assert SyncBatchNorm2d not in [type(layer) for layer in net.features]
-    assert isinstance(net, models.DeepClusterNet)
+    assert SyncBatchNorm not in [type(layer) for layer in net.features]
+    assert isinstance(net, models.Network)

@@ -1,20 +1,21 @@
-"""cache.py: what it gives is exactly the crop, or nothing; old, damaged and shared files do no harm."""
+"""The crop cache: what it gives is exactly the crop, or nothing; old, damaged and shared files do no harm."""
 
 import os
 import pickle
 from pathlib import Path
 
-import cache
 import numpy as np
 import pytest
 import torch
-from cache import CropCache
 from PIL import Image
 
 import data
+from data import CropCache, cache
+from data import images as listing
+from tests.helpers import ROOT
 from util import UserError
 
-PICTURES = sorted((Path(__file__).resolve().parents[1] / "demo" / "pictures").glob("*.jpg"))
+PICTURES = sorted((ROOT / "demo" / "pictures").glob("*.jpg"))
 SIZE = 33  # 3267 bytes: no whole number of words
 
 
@@ -26,10 +27,20 @@ def folder(tmp_path) -> Path:
     return tmp_path / "in"
 
 
+def loader_of(images: data.ImageList, crop_cache: CropCache | None = None, batch=3, workers: int = 0):
+    view = data.PlainView(images, data.central_crop(SIZE), crop_cache)
+    return data.make_loader(view, batch, workers, torch.device("cpu"))
+
+
 def crops(images: data.ImageList, crop_cache: CropCache | None = None, workers: int = 0) -> torch.Tensor:
-    views, index = zip(*data.make_loader(data.CentralView(images, SIZE, cache=crop_cache), 3, workers))
-    assert torch.cat(index).tolist() == list(range(len(images)))
-    return torch.cat(views)
+    batches = list(loader_of(images, crop_cache, workers=workers))
+    assert torch.cat([batch.index for batch in batches]).tolist() == list(range(len(images)))
+    return torch.cat([batch.views for batch in batches])
+
+
+def filled(crop_cache: CropCache) -> int:
+    """How many crops have been written."""
+    return int(np.count_nonzero(crop_cache._open()[1]))
 
 
 @pytest.fixture
@@ -37,7 +48,7 @@ def no_decoding(monkeypatch):
     """A function that forbids decoding from its call on."""
 
     def forbid():
-        monkeypatch.setattr(data, "_decode", lambda *_: pytest.fail("decoded"))
+        monkeypatch.setattr(listing, "decode_bytes", lambda *_: pytest.fail("decoded"))
 
     return forbid
 
@@ -47,9 +58,9 @@ def test_second_pass_reads_the_same_crops_and_decodes_nothing(folder, tmp_path, 
     images = data.list_images(folder)
     expected = crops(images)
     crop_cache = CropCache(tmp_path / "cache", images, SIZE)
-    assert crop_cache.filled() == 0 and crop_cache.read(0) is None
+    assert filled(crop_cache) == 0 and crop_cache.read(0) is None
     assert torch.equal(crops(images, crop_cache, workers), expected)
-    assert crop_cache.filled() == 7
+    assert filled(crop_cache) == 7
     no_decoding()
     again = CropCache(tmp_path / "cache", data.list_images(folder), SIZE)  # another process, another day
     assert again.path == crop_cache.path
@@ -59,22 +70,21 @@ def test_second_pass_reads_the_same_crops_and_decodes_nothing(folder, tmp_path, 
         assert read.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_fill_fills_all_but_broken_images(folder, tmp_path, no_decoding):
+def test_a_pass_fills_all_but_broken_images(folder, tmp_path):
     (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:-100])
     images = data.list_images(folder)
     crop_cache = CropCache(tmp_path / "cache", images, SIZE)
-    crop_cache.fill(images, batch=2, workers=1)
-    assert crop_cache.filled() == 6
-    for _ in range(2):
-        _, index = next(iter(data.make_loader(data.CentralView(images, SIZE, cache=crop_cache), 7, 0)))
-        assert index.tolist() == [0, 1, 2, -4, 4, 5, 6]
+    for workers in (1, 0):
+        (batch,) = loader_of(images, crop_cache, 7, workers)
+        assert batch.index.tolist() == [0, 1, 2, 4, 5, 6] and batch.broken == [3]
+        assert filled(crop_cache) == 6
     assert "truncated" in data.broken_reason(images, 3)
 
 
 def test_views_do_not_share_memory_with_the_file(folder, tmp_path):
     images = data.list_images(folder)
     crop_cache = CropCache(tmp_path / "cache", images, SIZE)
-    crop_cache.fill(images, 7, 0)
+    crops(images, crop_cache)
     expected = crop_cache.read(2).clone()
     crop_cache.read(2).zero_()
     assert torch.equal(crop_cache.read(2), expected)
@@ -102,11 +112,11 @@ def rewrite_keeping_size_and_mtime(path: Path) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_folder_is_never_served_old_crops(folder, tmp_path, change):
     images = data.list_images(folder)
-    CropCache(tmp_path / "cache", images, SIZE).fill(images, 7, 0)
+    crops(images, CropCache(tmp_path / "cache", images, SIZE))
     CHANGES[change](folder)
     changed = data.list_images(folder)
     crop_cache = CropCache(tmp_path / "cache", changed, SIZE)
-    assert crop_cache.filled() == 0
+    assert filled(crop_cache) == 0
     assert torch.equal(crops(changed, crop_cache), crops(changed))
 
 
@@ -130,7 +140,7 @@ def test_a_damaged_file_is_mended(folder, tmp_path, damage):
     images = data.list_images(folder)
     expected = crops(images)
     crop_cache = CropCache(tmp_path / "cache", images, SIZE)
-    crop_cache.fill(images, 7, 0)
+    crops(images, crop_cache)
     content = np.fromfile(crop_cache.path, dtype=np.uint8)
     if damage == "deleted":
         crop_cache.path.unlink()
@@ -157,7 +167,7 @@ def test_two_caches_on_one_file_at_once(folder, tmp_path):
     expected = crops(images)
     one, other = (CropCache(tmp_path / "cache", images, SIZE) for _ in range(2))
     for i in range(7):
-        view = data.CentralView(images, SIZE, cache=(one, other)[i % 2])
+        view = data.PlainView(images, data.central_crop(SIZE), (one, other)[i % 2])
         assert torch.equal(view[i][0], expected[i])
         assert torch.equal((other, one)[i % 2].read(i), expected[i])  # seen by the other at once
         other.write(i, expected[i])
@@ -167,10 +177,10 @@ def test_two_caches_on_one_file_at_once(folder, tmp_path):
 def test_another_process_that_made_the_file_first_wins(folder, tmp_path):
     images = data.list_images(folder)
     first = CropCache(tmp_path / "cache", images, SIZE)
-    first.fill(images, 7, 0)
+    crops(images, first)
     late = CropCache(tmp_path / "cache", images, SIZE)
     late._create()  # as if both had found no file
-    assert late.filled() == 7 and len(list((tmp_path / "cache").iterdir())) == 1
+    assert filled(late) == 7 and len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_a_half_written_row_does_not_count(folder, tmp_path):
@@ -178,7 +188,7 @@ def test_a_half_written_row_does_not_count(folder, tmp_path):
     crop_cache = CropCache(tmp_path / "cache", images, SIZE)
     rows, _ = crop_cache._open()
     rows[2] = 7  # pixels without a checksum
-    assert crop_cache.read(2) is None and crop_cache.filled() == 0
+    assert crop_cache.read(2) is None and filled(crop_cache) == 0
 
 
 def test_black_crops_are_kept(folder, tmp_path):
@@ -190,13 +200,12 @@ def test_black_crops_are_kept(folder, tmp_path):
 def test_the_cache_fits_only_its_own_view(folder, tmp_path):
     images = data.list_images(folder)
     crop_cache = CropCache(tmp_path / "cache", images, SIZE)
-    for arguments in (
-        {"images": images, "size": SIZE + 1},
-        {"images": images.keep(np.arange(7) > 0), "size": SIZE},
-        {"images": images, "size": SIZE, "transform": data.ten_crops(SIZE)},
-    ):
+    with pytest.raises(ValueError, match="crop cache"):
+        data.PlainView(images.keep(np.arange(7) > 0), data.central_crop(SIZE), crop_cache)
+    for transform in (data.central_crop(SIZE + 1), data.ten_crops(SIZE)):
         with pytest.raises(ValueError, match="crop cache"):
-            data.CentralView(cache=crop_cache, **arguments)
+            data.PlainView(images, transform, crop_cache)[0]
+    assert filled(crop_cache) == 0
 
 
 def test_too_little_space_is_said_before_anything_is_written(folder, tmp_path, monkeypatch):
@@ -212,13 +221,6 @@ def test_the_space_is_reserved(folder, tmp_path):
     status = crop_cache.path.stat()
     assert status.st_size == cache.bytes_needed(7, 224) == 7 * (224 * 224 * 3 + 8)
     assert status.st_blocks * 512 >= status.st_size  # no hole: a full disk cannot kill a worker later
-
-
-def test_automatic_for_small_sets_only():
-    gib = 2**30
-    assert cache.automatic(5000, 224, free_bytes=100 * gib)
-    assert not cache.automatic(5000, 224, free_bytes=5 * gib)
-    assert not cache.automatic(1_281_167, 224, free_bytes=10**15)
 
 
 def test_free_bytes_of_a_folder_to_be_made(tmp_path):

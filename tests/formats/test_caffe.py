@@ -2,7 +2,6 @@
 
 import struct
 
-import caffe_io
 import numpy as np
 import pytest
 import torch
@@ -10,6 +9,8 @@ import torch
 import checkpoint
 import data
 import models
+from formats import caffe_format, caffe_read, caffe_write
+from models import weights
 from tests import tiny
 from util import UserError
 
@@ -26,7 +27,9 @@ def registered():
 
 def make_net(sobel, head=6, seed=3):
     """A network of which no weight, bias or statistic has its trivial value."""
-    net = tiny.tiny(sobel, head, seed)
+    net = tiny.tiny(sobel, seed)
+    if head is not None:
+        net.set_head(head, seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in net.modules():
@@ -189,7 +192,7 @@ def authors_file(net, v1=False, scale=1.0, swap=False, factor=None, offset=0.0, 
 def test_files_of_others_give_the_same_activations(tmp_path, v1, changes):
     net = make_net(True, head=None)
     (tmp_path / "model.caffemodel").write_bytes(authors_file(net, v1=v1, **changes))
-    read = caffe_io.read_network(tmp_path / "model.caffemodel", "tiny")
+    read = caffe_read.read_network(tmp_path / "model.caffemodel", "tiny")
     assert read.top_layer is None and not read.training
     for ours, theirs in zip(net.sobel.parameters(), read.sobel.parameters()):
         assert torch.equal(ours, theirs)
@@ -200,7 +203,7 @@ def test_files_of_others_give_the_same_activations(tmp_path, v1, changes):
 def test_separate_batch_norms_with_their_scale_factor_come_back_as_ours(tmp_path, factor):
     net = make_net(True, head=None)
     (tmp_path / "model.caffemodel").write_bytes(authors_file(net, factor=factor))
-    read = caffe_io.read_network(tmp_path / "model.caffemodel", "tiny")
+    read = caffe_read.read_network(tmp_path / "model.caffemodel", "tiny")
     assert_same(net, read, ["conv1.pre", "conv2.pre", "fc7"])
     assert torch.allclose(read.features[1].running_var, net.features[1].running_var, rtol=1e-5)
     assert torch.allclose(read.features[5].running_mean, net.features[5].running_mean, rtol=1e-5)
@@ -217,13 +220,13 @@ def test_a_batch_norm_behind_an_inner_product_is_folded_into_it(tmp_path):
     content += layer("BatchNorm", "b8", "f8", "f8", mean * 3, variance * 3, [3.0])
     content += layer("Scale", "s8", "f8", "f8", gain, shift)
     (tmp_path / "model.caffemodel").write_bytes(content)
-    assert_same(net, caffe_io.read_network(tmp_path / "model.caffemodel", "tiny"), ["fc7", "logits"])
+    assert_same(net, caffe_read.read_network(tmp_path / "model.caffemodel", "tiny"), ["fc7", "logits"])
 
 
 def test_an_offset_of_the_grey_image_is_kept_exactly_at_the_border_too(tmp_path):
     net = make_net(True, head=None)
     (tmp_path / "model.caffemodel").write_bytes(authors_file(net, offset=1.5))
-    read = caffe_io.read_network(tmp_path / "model.caffemodel", "tiny")
+    read = caffe_read.read_network(tmp_path / "model.caffemodel", "tiny")
     assert read.sobel[0].bias.item() == pytest.approx(1.5, abs=1e-5)
     with torch.no_grad():
         grey = data.normalise(pixels()).mean(1, keepdim=True) + 1.5
@@ -238,9 +241,9 @@ def test_an_offset_of_the_grey_image_is_kept_exactly_at_the_border_too(tmp_path)
 @pytest.mark.parametrize("head", [6, None])
 def test_written_and_read_back_gives_the_same_activations(tmp_path, sobel, keep, head):
     net = make_net(sobel, head)
-    caffe_io.write_network(net, tmp_path / "out", SIZE, keep)
+    caffe_write.write_network(net, tmp_path / "out", SIZE, keep)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model.caffemodel", "model.prototxt"]
-    read = caffe_io.read_network(tmp_path / "out" / "model.caffemodel", "tiny")
+    read = caffe_read.read_network(tmp_path / "out" / "model.caffemodel", "tiny")
     assert_same(net, read, net.activation_names)
     if keep:
         assert torch.allclose(read.features[1].running_mean, net.features[1].running_mean)
@@ -258,7 +261,7 @@ def cv2_with_caffe():
 def test_opencv_gives_the_same_activations_on_raw_bgr_pixels(tmp_path, sobel, keep):
     cv2 = cv2_with_caffe()
     net = make_net(sobel)
-    caffe_io.write_network(net, tmp_path, SIZE, keep)
+    caffe_write.write_network(net, tmp_path, SIZE, keep)
     bgr = pixels().numpy()[:, ::-1].astype(np.float32)
     last = "scale{}" if keep else "conv{}"
     layers = {
@@ -270,7 +273,7 @@ def test_opencv_gives_the_same_activations_on_raw_bgr_pixels(tmp_path, sobel, ke
         reader = cv2.dnn.readNetFromCaffe(
             str(tmp_path / "model.prototxt"), str(tmp_path / "model.caffemodel")
         )
-        reader.enableFusion(not layer_name.startswith("scale"))  # see caffe_io.py
+        reader.enableFusion(not layer_name.startswith("scale"))  # see caffe_write.py
         reader.setInput(bgr)
         found = reader.forward(layer_name).reshape(expected[name].shape)
         assert np.abs(found - expected[name].numpy()).max() <= 1e-3 * expected[name].abs().max(), name
@@ -281,9 +284,9 @@ def test_opencv_reads_the_hand_encoded_files_as_we_do(tmp_path, v1):
     """The encoder of these tests speaks Caffe's format, old and new, not only ours."""
     cv2 = cv2_with_caffe()
     net = make_net(True)
-    caffe_io.write_network(net, tmp_path, SIZE)
+    caffe_write.write_network(net, tmp_path, SIZE)
     content = entry(1, "hand")
-    for part in caffe_io.read_layers(tmp_path / "model.caffemodel"):
+    for part in caffe_format.read_layers(tmp_path / "model.caffemodel"):
         if part.blobs:
             content += layer(part.type, part.name, "", part.name, *part.blobs, v1=v1)
     (tmp_path / "hand.caffemodel").write_bytes(content)
@@ -298,7 +301,7 @@ def test_opencv_reads_the_hand_encoded_files_as_we_do(tmp_path, v1):
 
 
 def test_the_prototxt_is_text_without_weights(tmp_path):
-    caffe_io.write_network(make_net(False), tmp_path, SIZE)
+    caffe_write.write_network(make_net(False), tmp_path, SIZE)
     text = (tmp_path / "model.prototxt").read_text(encoding="utf-8")
     assert "blobs" not in text and len(text) < 4000
     names = [line.split('"')[1] for line in text.splitlines() if line.startswith("  name:")]
@@ -312,16 +315,18 @@ def test_the_prototxt_is_text_without_weights(tmp_path):
 def test_image_sizes_at_which_caffe_would_differ_are_refused(tmp_path):
     for size, message in ((24, "rounds up"), (30, "the last map is 3 wide"), (3, "rounds up")):
         with pytest.raises(UserError, match=message):
-            caffe_io.write_network(make_net(True), tmp_path, size)
+            caffe_write.write_network(make_net(True), tmp_path, size)
 
 
 def test_at_224_both_networks_can_be_written_and_no_name_comes_twice(monkeypatch):
-    monkeypatch.setattr(caffe_io, "_numpy", lambda tensor: np.empty(tensor.shape, np.float32))  # sizes only
+    monkeypatch.setattr(
+        caffe_write, "_numpy", lambda tensor: np.empty(tensor.shape, np.float32)
+    )  # sizes only
     for arch, convs in (("alexnet", 5), ("vgg16", 13)):
         with torch.device("meta"):
-            monkeypatch.setattr("models.trunk.initialise", lambda *_: None)
+            monkeypatch.setattr("models.flat.initialise", lambda *_: None)
             net = models.ARCHITECTURES[arch](False).eval()
-        layers, given = caffe_io.build_layers(net, 224, keep_batch_norm=True)
+        layers, given = caffe_write.build_layers(net, 224, keep_batch_norm=True)
         names = [message.name for message, _ in layers]
         assert len(set(names)) == len(names) and sum(name.startswith("conv") for name in names) == convs
         assert [list(message.bottom) for message, _ in layers[1:]] == [[name] for name in names[:-1]]
@@ -334,12 +339,12 @@ def test_files_that_disagree_are_not_kept(tmp_path, monkeypatch):
 
     def wrong(*_):
         return lambda images, wanted: {
-            k: v + 1 for k, v in caffe_io._activations(net, images, list(wanted)).items()
+            k: v + 1 for k, v in caffe_write._activations(net, images, list(wanted)).items()
         }
 
-    monkeypatch.setattr(caffe_io, "_opencv_runner", wrong)
+    monkeypatch.setattr(caffe_write, "_opencv_runner", wrong)
     with pytest.raises(UserError, match="differ from PyTorch by"):
-        caffe_io.write_network(net, tmp_path, SIZE)
+        caffe_write.write_network(net, tmp_path, SIZE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -389,29 +394,29 @@ def test_foreign_files_are_refused_by_layer(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message) as error:
-            caffe_io.read_network(path, "tiny")
+            caffe_read.read_network(path, "tiny")
         assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
     with pytest.raises(UserError, match="No such file"):
-        caffe_io.read_network(tmp_path / "missing", "tiny")
+        caffe_read.read_network(tmp_path / "missing", "tiny")
     path.write_bytes(good)
     with pytest.raises(UserError, match="has 2 convolutions behind its input, alexnet has 5"):
-        caffe_io.read_network(path, "alexnet")
+        caffe_read.read_network(path, "alexnet")
 
 
 def test_wrong_grouping_and_stride_are_refused(tmp_path):
     net = make_net(False, head=None)
     path = tmp_path / "model.caffemodel"
-    caffe_io.write_network(net, tmp_path, SIZE)
-    message = caffe_io.messages().NetParameter.FromString(path.read_bytes())
+    caffe_write.write_network(net, tmp_path, SIZE)
+    message = caffe_format.messages().NetParameter.FromString(path.read_bytes())
     for change, text in (({"stride": [1]}, "stride"), ({"group": 2}, "group 2"), ({"pad": [0]}, "pad")):
-        changed = caffe_io.messages().NetParameter.FromString(path.read_bytes())
+        changed = caffe_format.messages().NetParameter.FromString(path.read_bytes())
         conv = next(part for part in changed.layer if part.name == "conv1")
         for name in change:
             conv.convolution_param.ClearField(name)
-        conv.convolution_param.MergeFrom(caffe_io.messages().ConvolutionParameter(**change))
+        conv.convolution_param.MergeFrom(caffe_format.messages().ConvolutionParameter(**change))
         (tmp_path / "b.caffemodel").write_bytes(changed.SerializeToString())
         with pytest.raises(UserError, match=f"layer conv1 .*{text}"):
-            caffe_io.read_network(tmp_path / "b.caffemodel", "tiny")
+            caffe_read.read_network(tmp_path / "b.caffemodel", "tiny")
     del (
         message.layer[1],
         message.layer[1].bottom[0],
@@ -420,39 +425,62 @@ def test_wrong_grouping_and_stride_are_refused(tmp_path):
     with pytest.raises(
         UserError, match=r"0 for the BGR pixel \[0\. 0\. 0\.\], not for the mean colour \[103\.5"
     ):
-        caffe_io.read_network(tmp_path / "c.caffemodel", "tiny")
+        caffe_read.read_network(tmp_path / "c.caffemodel", "tiny")
 
 
 def test_colours_scaled_differently_are_absorbed(tmp_path):
     """A file that subtracts the mean but divides by 58 instead of each channel's deviation."""
     net = make_net(False, head=None)
-    caffe_io.write_network(net, tmp_path, SIZE)
-    message = caffe_io.messages().NetParameter.FromString((tmp_path / "model.caffemodel").read_bytes())
+    caffe_write.write_network(net, tmp_path, SIZE)
+    message = caffe_format.messages().NetParameter.FromString((tmp_path / "model.caffemodel").read_bytes())
     mean = np.array(data.IMAGENET_MEAN)[::-1] * 255
     std = np.array(data.IMAGENET_STD)[::-1] * 255
-    message.layer[1].CopyFrom(caffe_io.messages().LayerParameter(name="center", type="Scale"))
+    message.layer[1].CopyFrom(caffe_format.messages().LayerParameter(name="center", type="Scale"))
     for values in (np.full(3, 1 / 58), -mean / 58):
         message.layer[1].blobs.add().ParseFromString(blob(values))
     conv = next(part for part in message.layer if part.name == "conv1")
-    weight = caffe_io._array(conv.blobs[0])[:, ::-1] * (58 / std)[:, None, None]
+    weight = caffe_format.numbers_of(conv.blobs[0])[:, ::-1] * (58 / std)[:, None, None]
     conv.blobs[0].ParseFromString(blob(weight))
     del conv.bottom[0]
     (tmp_path / "d.caffemodel").write_bytes(message.SerializeToString())
-    assert_same(net, caffe_io.read_network(tmp_path / "d.caffemodel", "tiny"), ["conv1.pre", "fc7"])
+    assert_same(net, caffe_read.read_network(tmp_path / "d.caffemodel", "tiny"), ["conv1.pre", "fc7"])
 
 
 def test_the_command_line_goes_both_ways(tmp_path, capsys):
     net = make_net(True, head=None)
     (tmp_path / "model.caffemodel").write_bytes(authors_file(net))
-    parse = caffe_io.get_parser().parse_args
     out = tmp_path / "checkpoint.pth.tar"
-    caffe_io.main(parse(["import", str(tmp_path / "model.caffemodel"), "--arch", "tiny", "--out", str(out)]))
+    call(caffe_read, tmp_path / "model.caffemodel", "--arch", "tiny", "--out", out)
     assert "tiny with Sobel, no head" in capsys.readouterr().out
-    assert_same(net, checkpoint.load_model(out), ["sobel", "fc7.pre"])
-    caffe_io.main(
-        parse(["export", "--model", str(out), "--out", str(tmp_path / "pair"), "--image-size", str(SIZE)])
-    )
+    assert_same(net, weights.load(out), ["sobel", "fc7.pre"])
+    call(caffe_write, "--model", out, "--out", tmp_path / "pair", "--image-size", SIZE)
     assert "fc7.pre" in capsys.readouterr().out
-    assert_same(net, caffe_io.read_network(tmp_path / "pair" / "model.caffemodel", "tiny"), ["fc7.pre"])
+    assert_same(net, caffe_read.read_network(tmp_path / "pair" / "model.caffemodel", "tiny"), ["fc7.pre"])
     with pytest.raises(UserError, match="no such checkpoint"):
-        caffe_io.main(parse(["export", "--model", "missing", "--out", str(tmp_path)]))
+        call(caffe_write, "--model", "missing", "--out", tmp_path)
+
+
+def call(module, *arguments):
+    module.main(module.get_parser().parse_args(list(map(str, arguments))))
+
+
+def test_networks_with_branches_are_refused_in_one_line(tmp_path):
+    path = tmp_path / "model.caffemodel"
+    path.write_bytes(authors_file(make_net(True, head=None)))
+    with pytest.raises(UserError, match="resnet18: Caffe files are of alexnet and vgg16 only"):
+        caffe_read.read_network(path, "resnet18")
+    with pytest.raises(UserError, match="resnet18: Caffe files are of alexnet and vgg16 only"):
+        caffe_write.write_network(models.build("resnet18").eval(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--arch lenet: unknown"):
+        caffe_read.read_network(path, "lenet")
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path):
+    net = make_net(True)
+    with torch.no_grad():
+        net.features[5].running_var[3] = float("nan")
+    checkpoint.save(tmp_path / "nan.pth.tar", {"arch": "tiny", "state_dict": net.state_dict()})
+    with pytest.raises(UserError, match=r"nan\.pth\.tar: features\.5\.running_var has .* not finite"):
+        call(caffe_write, "--model", tmp_path / "nan.pth.tar", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from sampling import DrawSampler, released_draws, uniform_draws
 
+from data.sampling import DrawSampler, released_draws, uniform_draws
 from tests import reference
 
 

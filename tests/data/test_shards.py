@@ -1,68 +1,29 @@
-"""shards.py and tools/make_shards.py: a run on shards is a run on the folder, whatever writes the shards."""
+"""data/shards.py: a run on shards is a run on the folder, whatever wrote the shards."""
 
 import functools
 import io
+import json
 import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-import shards
 import torch
 import webdataset
-from cache import CropCache
-from PIL import Image
 
 import data
-from tools import make_shards
+from data import CropCache, shards
+from tests.tars import jpeg, write, write_folder, write_tar
 from util import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-PICTURES = sorted((ROOT / "demo" / "pictures").glob("*.jpg"))
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Two classes of small JPEGs and a PNG, with names that webdataset's keys would mix up."""
-    root = tmp_path_factory.mktemp("folder")
-    for i, picture in enumerate(PICTURES[:10]):
-        path = root / ("dog" if i % 3 else "a cat") / f"{i}.{i % 2}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        Image.open(picture).convert("RGB").resize((90 + i, 70)).save(path, quality=90)
-    Image.open(PICTURES[0]).convert("RGB").resize((30, 44)).save(root / "dog" / "4.png")
-    Image.open(PICTURES[1]).convert("L").resize((30, 44)).save(root / "dog" / "ü.0.PNG", "PNG")
-    os.symlink(root / "dog" / "4.png", root / "dog" / os.fsdecode(b"\xff.png"))  # no UTF-8
-    return root
-
-
-def write(folder: Path, out: Path, *options: str) -> list[Path]:
-    arguments = [str(folder), str(out / "train-%03d.tar"), "--workers", "0", *options]
-    return make_shards.main(make_shards.get_parser().parse_args(arguments))
-
-
-def jpeg(seed: int) -> bytes:
-    file = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(file, "JPEG")
-    return file.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes], **options) -> Path:
-    with tarfile.open(path, "w", **options) as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-# ---------------------------------------------------------------------------------------- as the folder
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("folder"))
 
 
 @pytest.mark.parametrize("size_mb", ["300", "0.012"])
@@ -87,9 +48,15 @@ def test_views_through_loaders_are_the_folders(folder, tmp_path, workers):
     order = [(position, i) for position, i in enumerate(random.Random(0).choices(range(len(lists[0])), k=20))]
     batches = []
     for images in lists:
-        central = data.make_loader(data.CentralView(images, 32), 5, workers)
-        random_ = data.make_loader(data.TrainView(images, 32, seed=1, epoch=2), 4, workers, sampler=order)
-        batches.append([tensor for loader in (central, random_) for batch in loader for tensor in batch])
+        plain = data.PlainView(images, data.central_crop(32))
+        random_ = data.RandomView(images, data.train_crop(32)).at(1, 2)
+        loaders = [
+            data.make_loader(plain, 5, workers, CPU),
+            data.make_loader(random_, 4, workers, CPU, sampler=order),
+        ]
+        found = [batch for loader in loaders for batch in loader]
+        assert not any(batch.broken for batch in found)
+        batches.append([tensor for batch in found for tensor in (batch.views, batch.index)])
     assert len(batches[0]) == len(batches[1])
     assert all(torch.equal(one, other) for one, other in zip(*batches))
 
@@ -124,12 +91,14 @@ def test_crop_cache_over_shards_follows_the_shards(folder, tmp_path):
     write(folder, tmp_path, "--size-mb", "0.02")
     images = shards.list_shards(f"{tmp_path}/train-*.tar")
     crops = CropCache(tmp_path / "cache", images, 16)
-    crops.fill(images, batch=4, workers=0)
-    assert torch.equal(crops.read(5), data.CentralView(data.list_images(folder), 16)[5][0])
-    assert CropCache(tmp_path / "cache", shards.list_shards(f"{tmp_path}/train-*.tar"), 16).filled() == 13
+    view = data.PlainView(images, data.central_crop(16), crops)
+    assert all(view[i][0] is not None for i in range(13))
+    assert torch.equal(crops.read(5), data.PlainView(data.list_images(folder), data.central_crop(16))[5][0])
+    again = CropCache(tmp_path / "cache", shards.list_shards(f"{tmp_path}/train-*.tar"), 16)
+    assert all(again.read(i) is not None for i in range(13))
     os.utime(images.shards[1])
     changed = CropCache(tmp_path / "cache", shards.list_shards(f"{tmp_path}/train-*.tar"), 16)
-    assert changed.filled() == 0 and changed.path != crops.path
+    assert changed.path != crops.path and all(changed.read(i) is None for i in range(13))
 
 
 def test_webdataset_reads_what_make_shards_writes(folder, tmp_path):
@@ -152,8 +121,9 @@ def test_damaged_image_in_a_shard_is_broken_and_named(folder, tmp_path):
     path.write_bytes(content)
     images = shards.list_shards(path)
     assert data.check_headers(images, 2) == [(0, "not an image in a format that Pillow reads")]
-    _, index = next(iter(data.make_loader(data.CentralView(images, 16), 4, 0)))
-    assert index.tolist() == [-1, -2, 2, 3]
+    view = data.PlainView(images, data.central_crop(16))
+    batch = next(iter(data.make_loader(view, 4, 0, CPU)))
+    assert batch.index.tolist() == [2, 3] and batch.broken == [0, 1]
     assert data.broken_reason(images, 0) == "not an image in a format that Pillow reads"
     with pytest.raises(data.ImageError, match=r"train-000.tar/a cat/0\.0\.jpg: not an image"):
         images.decode(0)
@@ -269,88 +239,93 @@ def test_two_sets_of_make_shards_with_the_same_names(folder, tmp_path):
         shards.list_shards(f"{tmp_path}/{{one,two}}/*.tar")
 
 
-# ---------------------------------------------------------------------------------------- make_shards.py
+# ---------------------------------------------------------------------------------------- strangers' files
 
 
-def test_resizing_shrinks_what_is_larger_and_copies_the_rest(tmp_path):
-    (tmp_path / "in").mkdir()
-    photo = Image.open(PICTURES[2]).convert("RGB").resize((150, 100))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
-    photo.save(tmp_path / "in" / "a.jpg", quality=95, exif=exif)
-    photo.resize((60, 40)).save(tmp_path / "in" / "b.jpg")
-    photo.save(tmp_path / "in" / "c.png")
-    write(tmp_path / "in", tmp_path / "out", "--resize", "50", "--quality", "95")
-    images, plain = shards.list_shards(tmp_path / "out/train-000.tar"), data.list_images(tmp_path / "in")
-    assert list(images.paths) == ["a.jpg", "b.jpg", "c.png"]
-    assert images.decode(0).shape == (3, 75, 50) and images.decode(2).shape == (3, 50, 75)
-    assert images.read(1) == plain.read(1)
-    assert images.read(0).startswith(b"\xff\xd8\xff") and images.read(2).startswith(b"\xff\xd8\xff")
-    for i in (0, 2):
-        expected = data._resize(plain.decode(i), 50).float()
-        assert (images.decode(i).float() - expected).abs().mean() < 4  # JPEG at quality 95
-
-
-def test_broken_images_stop_it_or_are_left_out(tmp_path, capsys):
-    for name in ("a.jpg", "b.jpg", "c.jpg"):
-        (tmp_path / name).write_bytes(jpeg(3))
-    (tmp_path / "b.jpg").write_bytes(jpeg(4)[:-300])
-    with pytest.raises(UserError, match=r"b\.jpg: .*truncated.*--skip-bad-images"):
-        write(tmp_path, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-    write(tmp_path, tmp_path / "out", "--skip-bad-images")
-    assert "b.jpg" in capsys.readouterr().out
-    assert list(shards.list_shards(tmp_path / "out/train-000.tar").paths) == ["a.jpg", "c.jpg"]
+@pytest.mark.parametrize("name", ["../x.jpg", "a/../../x.jpg", "/etc/x.jpg", "a\nb.jpg", "a\rb.jpg", ".."])
+def test_names_that_leave_the_folder_are_refused(tmp_path, name):
+    if name.endswith(".jpg"):
+        write_tar(tmp_path / "x.tar", {"1.png": jpeg(1), name: jpeg(2)})
+        with pytest.raises(UserError, match=r"x\.tar: holds an image of the name") as error:
+            shards.list_shards(tmp_path / "x.tar")
+        assert repr(name) in str(error.value) and "\n" not in str(error.value)
+    paths = json.dumps(["a.jpg", name]).encode()
+    write_tar(tmp_path / "y.tar", {"0.jpg": jpeg(1), "1.jpg": jpeg(2), "__paths__": paths})
+    with pytest.raises(UserError, match=r"y\.tar: holds an image of the name") as error:
+        shards.list_shards(tmp_path / "y.tar")
+    assert repr(name) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "content",
     [
-        (["--size-mb", "0"], "--size-mb"),
-        (["--resize", "0"], "--resize"),
-        (["--quality", "101"], "--quality"),
-        (["--workers", "-1"], "--workers"),
+        b"",
+        b"[1]",
+        b'"a.jpg"',
+        b'{"a.jpg": 1}',
+        b"[null]",
+        b'["a.jpg"',
+        b"\xff\xfe",
+        b'["\\ud800.jpg"]',
+        b"[" * 10**5,
     ],
 )
-def test_bad_options_are_refused(folder, tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
-        write(folder, tmp_path, *options)
+def test_paths_that_are_no_list_of_texts_are_one_line(tmp_path, content):
+    write_tar(tmp_path / "x.tar", {"1.jpg": jpeg(1), "__paths__": content})
+    with pytest.raises(UserError, match=r"x\.tar: its __paths__ is no JSON list of paths") as error:
+        shards.list_shards(tmp_path / "x.tar")
+    assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["train.tar", "train-%d-%d.tar", "train-%s%.tar", "train-%03d.tgz"])
-def test_bad_patterns_are_refused(folder, tmp_path, name):
-    arguments = make_shards.get_parser().parse_args([str(folder), str(tmp_path / name)])
-    with pytest.raises(UserError, match="%06d"):
-        make_shards.main(arguments)
+def test_a_class_of_many_digits_is_refused(tmp_path):
+    write_tar(tmp_path / "x.tar", {"1.jpg": jpeg(1), "1.cls": b"7" * 5000})
+    with pytest.raises(UserError, match=r"x\.tar: the class of '1' is 5000 bytes long"):
+        shards.list_shards(tmp_path / "x.tar")
+    write_tar(tmp_path / "x.tar", {"1.jpg": jpeg(1), "1.cls": b"7" * 200, "2.jpg": jpeg(2), "2.cls": b"8"})
+    assert shards.list_shards(tmp_path / "x.tar").class_names == ["8", "7" * 200]
 
 
-def test_shards_that_exist_are_not_overwritten(folder, tmp_path):
-    (path,) = write(folder, tmp_path)
-    before = path.read_bytes()
-    with pytest.raises(UserError, match="exists already"):
-        write(folder, tmp_path, "--resize", "20")
-    assert path.read_bytes() == before
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"00000000999\0",  # not octal
+        b"hello world\0",
+        b"\x80" + bytes(3) + (2**63).to_bytes(8, "big"),  # GNU's binary numbers
+        b"\x80" + bytes(3) + (2**62).to_bytes(8, "big"),
+        b"\xff" * 12,  # -1
+        b"\xff" * 4 + (-(2**40)).to_bytes(8, "big", signed=True),
+        b"-0000000777\0",
+        b"77777777777\0",
+    ],
+)
+def test_a_size_that_is_none_is_one_line(tmp_path, size):
+    path = write_tar(tmp_path / "x.tar", {"1.jpg": jpeg(1), "2.jpg": jpeg(2)}, format=tarfile.USTAR_FORMAT)
+    content = path.read_bytes()
+    second = content.index(b"2.jpg\0")
+    for header in (0, second):
+        changed = bytearray(content)
+        changed[header + 124 : header + 136] = size
+        block = bytes(changed[header : header + 512])
+        checksum = sum(block) - sum(block[148:156]) + 8 * 32
+        changed[header + 148 : header + 156] = b"%06o\0 " % checksum
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=r"x\.tar .*(truncated|damaged|no tar file)") as error:
+            shards.list_shards(path)
+        assert "\n" not in str(error.value)
 
 
-def test_a_killed_run_leaves_whole_shards_only(tmp_path):
-    (tmp_path / "in").mkdir()
-    for i in range(20):
-        (tmp_path / "in" / f"{i:02d}.jpg").write_bytes(jpeg(i))
-    program = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-from tools import make_shards
-encode = make_shards.Encoded.__getitem__
-def dying(self, i):
-    return encode(self, i) if i < 15 else os.kill(os.getpid(), signal.SIGKILL)
-make_shards.Encoded.__getitem__ = dying
-options = ["in", "out/x-%02d.tar", "--size-mb", "0.004", "--workers", "0"]
-make_shards.main(make_shards.get_parser().parse_args(options))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.DEVNULL, timeout=60
-    )
-    assert done.returncode == -signal.SIGKILL
-    images = shards.list_shards(tmp_path / "out/x-*.tar")
-    assert 2 < len(images) <= 15 and len(images.shards) > 2
-    assert all(images.read(i) == jpeg(i) for i in range(len(images)))
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_an_image_that_is_a_link_or_a_device_is_refused(tmp_path, kind):
+    def write_with(name):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            info = tarfile.TarInfo("1.jpg")
+            info.size = len(jpeg(1))
+            tar.addfile(info, io.BytesIO(jpeg(1)))
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "1.jpg"
+            tar.addfile(link)
+        return shards.list_shards(tmp_path / "x.tar")
+
+    with pytest.raises(UserError, match=r"x\.tar: '2\.jpg' is a link, a device"):
+        write_with("2.jpg")
+    assert len(write_with("readme")) == 1

@@ -1,0 +1,122 @@
+"""Files of weights, ours and the authors', as networks."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import models
+from models import weights
+from tests import legacy
+from tests.helpers import refuses
+
+
+@pytest.fixture(scope="module")
+def net():
+    """A network whose batch-norm statistics are not the trivial ones."""
+    net = models.build("alexnet", sobel=True, num_clusters=12, seed=5)
+    with torch.no_grad():
+        net(torch.randn(4, 3, 64, 64))  # train mode: moves the statistics
+    return net.eval()
+
+
+def logits(net):
+    with torch.no_grad():
+        return net(torch.linspace(-2, 2, 3 * 64 * 64).view(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("optimizer", [True, False])
+@pytest.mark.parametrize("data_parallel", ["features", "all", None])
+def test_files_of_the_authors_give_the_same_activations(tmp_path, net, data_parallel, optimizer):
+    path = tmp_path / "released.pth.tar"
+    legacy.write(path, legacy.authors_state(net, data_parallel, optimizer))
+    loaded = weights.load(path)
+    assert (loaded.arch, loaded.top_layer.out_features) == ("alexnet", 12)
+    assert torch.equal(logits(loaded), logits(net))
+
+
+@pytest.mark.parametrize("data_parallel", ["features", "all", "both", None])
+@pytest.mark.parametrize("sobel", [True, False])
+@pytest.mark.parametrize("head", [5, None])
+def test_every_kind_of_file_that_was_ever_written_loads(tmp_path, data_parallel, sobel, head):
+    """Names of DataParallel at either level, x optimiser or not, x batch counters or not, x three formats."""
+    net = models.build("tiny", sobel, head, seed=2)
+    net(torch.randn(4, 3, 32, 32))
+    net.eval()
+    x = torch.linspace(-2, 2, 3 * 32 * 32).view(1, 3, 32, 32)
+    path = tmp_path / "checkpoint.pth.tar"
+    for optimizer, counters in itertools.product([True, False], repeat=2):
+        state = legacy.authors_state(net, data_parallel, optimizer, counters)
+        for write in (
+            lambda state: legacy.write(path, state, version=1),
+            lambda state: legacy.write(path, state, version=2),
+            lambda state: torch.save(state, path, _use_new_zipfile_serialization=False),
+            lambda state: torch.save(state, path),
+        ):
+            write(state)
+            loaded = weights.load(path)
+            assert (loaded.arch, loaded.sobel is not None, loaded.training) == ("tiny", sobel, False)
+            assert (loaded.top_layer is None) == (head is None)
+            with torch.no_grad():
+                for name, value in net.activations(x, net.activation_names).items():
+                    assert torch.equal(loaded.activations(x, [name])[name], value), name
+
+
+def test_a_file_without_head_sobel_or_arch_loads(tmp_path):
+    net = models.build("vgg16", sobel=False, seed=1).eval()
+    checkpoint.save(tmp_path / "bare.pth.tar", dict(net.state_dict()))
+    loaded = weights.load(tmp_path / "bare.pth.tar")
+    assert loaded.arch == "vgg16" and loaded.sobel is None and loaded.top_layer is None
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), net(x))
+
+
+def test_weights_that_do_not_fit_name_the_parameter(tmp_path, net):
+    state = dict(net.state_dict())
+    del state["features.4.bias"]
+    checkpoint.save(tmp_path / "a.tar", {"arch": "alexnet", "state_dict": state})
+    with refuses(r"lacks features\.4\.bias"):
+        weights.load(tmp_path / "a.tar")
+    state = dict(net.state_dict()) | {"features.4.bias": torch.zeros(3)}
+    checkpoint.save(tmp_path / "b.tar", {"arch": "alexnet", "state_dict": state})
+    with refuses(r"features\.4\.bias is \(3,\)"):
+        weights.load(tmp_path / "b.tar")
+    checkpoint.save(tmp_path / "c.tar", {"state_dict": {"fc.weight": torch.zeros(3)}})
+    with refuses("not a network of this repository"):
+        weights.load(tmp_path / "c.tar")
+    torch.save([1, 2], tmp_path / "d.tar")
+    with refuses("holds a list"):
+        weights.load(tmp_path / "d.tar")
+
+
+def test_what_is_refused_is_named_and_odd_contents_are_one_line(tmp_path):
+    good, path = models.build("tiny", True, 5, seed=1).state_dict(), tmp_path / "odd.tar"
+    for state, message in (
+        ({"epoch": np.float64(3), "state_dict": good}, r"refused, .*asks for numpy\S*multiarray\.scalar"),
+        ({"arch": ["tiny"], "state_dict": good}, "does not fit alexnet with Sobel: it "),
+        ({"arch": "alexnet", "state_dict": good | {"epoch": 3}}, "no state_dict of tensors"),
+        ({"arch": "tiny", "state_dict": {1: torch.zeros(1)}}, "no state_dict of tensors"),
+        (
+            {"arch": "tiny", "state_dict": good | {"top_layer.bias": torch.tensor(1.0)}},
+            r"top_layer\.\w+ is ",
+        ),
+    ):
+        torch.save(state, path)
+        with refuses(message):
+            weights.load(path)
+
+
+def test_init_takes_everything_but_the_head(tmp_path, net):
+    path = tmp_path / "released.tar"
+    legacy.write(path, legacy.authors_state(net, optimizer=False))
+    fresh = models.build("alexnet", sobel=True, num_clusters=3, seed=9)
+    head = fresh.top_layer.weight.clone()
+    weights.init_weights(fresh, path)
+    assert torch.equal(fresh.features[5].running_mean, net.features[5].running_mean)
+    assert torch.equal(fresh.classifier[4].weight, net.classifier[4].weight)
+    assert torch.equal(fresh.top_layer.weight, head)
+    with refuses("with Sobel, the run is alexnet without Sobel"):
+        weights.init_weights(models.build("alexnet", sobel=False, seed=1), path)
