@@ -152,7 +152,7 @@ def main(args: argparse.Namespace) -> None:
         run.keep(net=net, body=body)
         k = "" if finds_k else f", k {args.nmb_cluster}"
         what = f"{net} at {args.image_size} px, {args.clustering}{k}, {args.sampling} sampling"
-        announce(run.exp, images, what, args, run.device, run.log)
+        announce(run.exp, images, run.method, what, args, run.device, run.log)
 
         cache = CropCache(Path(args.crop_cache), images, args.image_size) if args.crop_cache else None
         plain = PlainView(images, central_crop(args.image_size), cache)

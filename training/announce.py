@@ -16,7 +16,13 @@ from util import Log, write_json
 
 
 def announce(
-    exp: Path, images: ImageList, what: str, args: argparse.Namespace, device: torch.device, log: Log
+    exp: Path,
+    images: ImageList,
+    method: str,
+    what: str,
+    args: argparse.Namespace,
+    device: torch.device,
+    log: Log,
 ) -> None:
     """Say what is about to happen, and write EXP/config.json; what: a line on network and method."""
     classes = "no class folders" if images.classes is None else f"{len(images.class_names)} classes"
@@ -26,13 +32,16 @@ def announce(
     if args.verbose:
         log("settings: " + "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
     if distributed.is_main():
-        write_config(exp, images, args, device)
+        write_config(exp, images, method, args, device)
 
 
-def write_config(exp: Path, images: ImageList, args: argparse.Namespace, device: torch.device) -> None:
+def write_config(
+    exp: Path, images: ImageList, method: str, args: argparse.Namespace, device: torch.device
+) -> None:
     """EXP/config.json: what was asked for, on which images, by which versions; pictures read it."""
     sources = {name: getattr(args, name, None) for name in ("dir", "shards")}
     write_json(exp / "config.json", {
+        "method": method,
         "args": vars(args) | {name: path and os.path.abspath(path) for name, path in sources.items()},
         "images": {
             "root": os.path.abspath(images.root),
