@@ -5,7 +5,7 @@ from pathlib import Path
 from data import ImageList
 from training.labels import PseudoLabels
 from util import Log, UserError
-from visu.clusters import write_gallery
+from visu.gallery import write_gallery
 from visu.report import write_report
 
 
