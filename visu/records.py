@@ -28,7 +28,7 @@ def column(records: Records, *names: str) -> np.ndarray:
 
 
 def log_k(record: dict[str, Any]) -> float | None:
-    """The loss of guessing in an epoch: as the run compared its loss to it, else of the number of clusters."""
+    """The loss of guessing in an epoch: what the run compared its loss to, else of the number of clusters."""
     loss, over = value(record, "loss"), value(record, "loss_over_log_k")
     if loss and over and loss / over > 0:
         return loss / over

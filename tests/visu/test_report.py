@@ -301,9 +301,9 @@ def test_thinned_records_keep_both_ends():
 
 
 AWKWARD = [
-    None, True, -1, 0, 1e308, -1e308, 10**400, math.nan, math.inf, "text", "\ud800", [], [1], {}, {"min": "x"},
-    {"number": 0, "nonempty": -5, "min": 0, "median": -1, "max": 0}, {"total": 1.0}, {"total": 0, "train": -3.0},
-    {"a\ud800b": 3.0, "total": 3.0},
+    None, True, -1, 0, 1e308, -1e308, 10**400, math.nan, math.inf, "text", "\ud800", [], [1], {},
+    {"min": "x"}, {"number": 0, "nonempty": -5, "min": 0, "median": -1, "max": 0}, {"total": 1.0},
+    {"total": 0, "train": -3.0}, {"a\ud800b": 3.0, "total": 3.0},
 ]  # fmt: skip
 
 
@@ -323,10 +323,8 @@ def test_a_log_of_another_shape_makes_a_report_all_the_same(tmp_path, values):
 def without_charts(exp):
     """The page of a report, and all that is said in it, without its charts."""
     records, broken, configuration = report.read_run(exp)
-    sentences, warnings = (
-        summary.words(records, configuration),
-        report.all_warnings(exp, records, broken, configuration),
-    )
+    sentences = summary.words(records, configuration)
+    warnings = report.all_warnings(exp, records, broken, configuration)
     summary.settings_line(records, configuration)
     return report.fill_page(exp, "title", sentences, warnings, {}, records, configuration)
 
