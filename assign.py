@@ -84,6 +84,7 @@ def main(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     inputs = [path, *path.parent.glob("*.pth.tar")]
     images = data.open_images(
         args.dir, args.shards, bad_list=bad_list, skip_bad=args.skip_bad_images, log=log,
+        all_splits=args.all_splits,
         scaled=settings.scaled, workers=args.workers,
         enough=partial(check_images, form=args.format, out=out, outputs=[out, bad_list], inputs=inputs),
     )  # fmt: skip

@@ -125,6 +125,7 @@ def main(args: argparse.Namespace) -> Path:
     inputs = [rows.path] if rows.on_disk else []
     images = data.open_images(
         args.dir, args.shards, bad_list=files.bad, skip_bad=args.skip_bad_images, log=log,
+        all_splits=args.all_splits,
         scaled=rows.settings.scaled, workers=args.workers,
         enough=partial(check_images, outputs=files.written(), inputs=inputs),
     )  # fmt: skip
