@@ -1,4 +1,4 @@
-"""Images, seen or new -> cluster ids, by a run's own network, PCA and centroids.
+"""Images, seen or new -> cluster ids, by a run's own network, transform and centroids.
 
     python assign.py --run exp DIR --out assignments.csv                  # path,cluster,distance
     python assign.py --run exp DIR --format pickle --out clusters.pickle  # [(path, cluster), ...]
@@ -8,81 +8,109 @@ EXP/clustering.pth.tar holds what this takes, of the moment of the last clusteri
 the run unless told otherwise. Those that the run clustered keep the cluster that it gave them.
 
 Features of an image differ in their last bits between devices, numbers of threads and batches, so that one
-between two centroids could go to either. The run's word stands for an image that it knows by relative path
-and that looks the same within that noise (`Clusters.tolerance`); a changed one goes where it belongs now.
+between two centroids could go to either. The run's word stands for an image that it knows by its path and
+that looks the same within that noise (evaluation/clusters.py); a changed one goes where it belongs now.
 """
 
 import argparse
-import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import logbook
-import numpy as np
-import released
-import torch
-
-import checkpoint
-import clustering
-import data
-from extract import (
-    Settings,
-    add_image_arguments,
-    add_machine_arguments,
-    check_image_arguments,
-    feature_batches,
-    open_images,
-    read_clustering,
-    reason_of,
-    refuse_bad,
-    whiten,
-)
-from models import FEATURE
-from util import Log, Progress, UserError, choose_device, make_folder, run_main
-
-FORMATS = ("csv", "pickle", "links")
-CHUNK = 8192  # points that are searched for together: the search has a fixed cost, on GPUs above all
-
-# Relative error of a feature by the arithmetic of the convnet (for float32 see clustering.RELATIVE_NOISE).
-NOISE = {"fp32": 2e-6, "tf32": 1e-3, "fp16": 1e-3, "bf16": 8e-3}
-# Squared distances of unit vectors, 0 to 4, that differ by less may be equal. Between batches, threads and
-# fused batch norms they differ by 1e-6 to 1e-5 (AlexNet, 256 dimensions).
-SMALLEST_TOLERANCE = 1e-3
-LONGEST_NAME = 255  # bytes of a file name
-
-# ---------------------------------------------------------------------------------------- command line
+from commandline import Parser, add_data, add_image_size, add_machine, at_least
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="assign.py", description="Put images into the clusters of a run")
-    add_image_arguments(parser)
+def get_parser() -> Parser:
+    """The flags of assign.py; those that scripts share are in commandline.py."""
+    parser = Parser(__doc__)
+    add_data(parser)
     parser.add_argument(
-        "--run",
-        required=True,
-        metavar="EXP",
-        help=f"folder of a run of main.py, with {checkpoint.CLUSTERING} (or that file)",
+        "--run", required=True, metavar="EXP", help="folder of a run, with clustering.pth.tar (or that file)"
     )
     group = parser.add_argument_group("output")
     group.add_argument("--out", required=True, metavar="OUT", help="file to write, or folder for links")
     group.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=("csv", "pickle", "links"),
         default="csv",
         help="csv: path,cluster,distance (squared, to the centroid); pickle: a list of (path, cluster), as "
-        "the authors released; links: OUT/<cluster>/<rank>_<name>, nearest first (default: %(default)s)",
+        "the authors released; links: OUT/<cluster>/<rank>_<name>, nearest first",
     )
-    group.add_argument("--relative", action="store_true", help="links relative to OUT (default: absolute)")
+    group.add_argument("--relative", action="store_true", help="links relative to OUT, instead of absolute")
     group.add_argument("--copy", action="store_true", help="copies of the images instead of links")
-    add_machine_arguments(parser)
+    group = parser.add_argument_group("machine")
+    add_image_size(group, None, " (default: as in the run)")
+    group.add_argument("--batch", type=at_least(1), help="images at a time (default: as in the run)")
+    add_machine(group, precision=None)
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, in one line each."""
-    check_image_arguments(args)
+if __name__ == "__main__":
+    ARGS = get_parser().parse_args()  # before the imports that take seconds
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+from data import ImageList
+from evaluation.clusters import Clusters
+from features import Pass, Settings, activation_batches, read_clustering
+from formats.links import write_links
+from formats.released import write_assignments_pickle
+from models import weights
+from models.network import Network
+from training.logs import write_assignments
+from util import Log, Progress, UserError, choose_device, make_folder, run_main
+
+CHUNK = 8192  # points that are searched for together: the search has a fixed cost, on GPUs above all
+Batches = Iterator[tuple[torch.Tensor | None, np.ndarray, list[int]]]  # (activations, indexes, broken images)
+
+
+def main(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Write the output; returns labels (n,) int64 and squared distances (n,) of the images in it."""
+    check(args)
+    device, log = choose_device(args.device), Log()
+    path, state = read_clustering(args.run)
+    settings = Settings.choose(state["args"], device, args.image_size, args.batch, args.precision)
+    out = Path(args.out)
+    make_folder(out.absolute().parent)
+    clusters = Clusters.from_state(state, settings.precision, device)
+    layer = state["layer"]
+    del state  # its weights are read into the network
+    net = weights.load(path, [layer]).to(device)
+    bad_list = Path(f"{out}.bad_images.txt")
+    inputs = [path, *path.parent.glob("*.pth.tar")]
+    images = data.open_images(
+        args.dir, args.shards, bad_list=bad_list, skip_bad=args.skip_bad_images, log=log,
+        all_splits=args.all_splits,
+        scaled=settings.scaled, workers=args.workers,
+        enough=partial(check_images, form=args.format, out=out, outputs=[out, bad_list], inputs=inputs),
+    )  # fmt: skip
+    log(
+        f"{len(images)} images in {images.name}, {clusters.stored.num_clusters} clusters in {path}; {layer} "
+        f"of {net.arch} at {settings.image_size} px, batches of {settings.batch}, on {device} "
+        f"({settings.precision})"
+    )
+    known = clusters.known(images)
+    view = data.PlainView(images, data.central_crop(settings.image_size))
+    how = Pass(settings.batch, args.workers, device, settings.precision)
+    batches = layer_batches(net, layer, view, how, log)
+    labels, distances, broken = assign_images(clusters, known, batches)
+    data.leave_out(images, data.reasons(images, broken), bad_list, args.skip_bad_images, log)
+    check_some(images)
+    labels, distances, known = (np.delete(values, broken) for values in (labels, distances, known))
+    if args.format == "links":
+        write_links(images, labels, distances, out, clusters.stored.num_clusters, args.relative, args.copy)
+    else:
+        WRITERS[args.format](images, labels, distances, out)
+    log(f"{out}: {tell(clusters, known, labels)}")
+    return labels, distances
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, and an OUT that cannot be."""
     out = Path(args.out)
     if args.format != "links":
         if args.copy or args.relative:
@@ -96,110 +124,38 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--format links: images in shards cannot be linked; give --copy")
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out}: exists; give a folder that is new or empty")
+    if os.path.realpath(out) == os.getcwd():  # it is replaced, and one would stand in the old one
+        raise UserError(f"--out {out}: is where you are; give a new folder, e.g. {out / 'clusters'}")
 
 
-# ---------------------------------------------------------------------------------------- the run's clusters
-
-
-@dataclass
-class Clusters:
-    """The clusters of a run, and where each of its images went.
-
-    points: (N, d) float32, the run's images, of PIC only; noise: relative error of features;
-    row: relative path -> row of the image in the run.
-    """
-
-    pca: clustering.PCAWhitening
-    stored: clustering.Assignment
-    points: np.ndarray | None
-    row: dict[str, int]
-    feature_dtype: str
-    noise: float
-    device: torch.device
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any], precision: str, device: torch.device) -> "Clusters":
-        """state: the content of a clustering.pth.tar; precision: that of the features to come."""
-        points, run = state.get("points"), state["args"]
-        dtype = run.get("feature_dtype", "float32")
-        noise = max(NOISE[precision], NOISE[run.get("precision", "fp32")])
-        return cls(
-            clustering.PCAWhitening.from_state_dict(state["whitening"]),
-            clustering.Assignment.from_state_dict(state["assignment"]),
-            None if points is None else points.numpy(),
-            {path: i for i, path in enumerate(state["paths"])},
-            dtype,
-            max(noise, clustering.RELATIVE_NOISE[np.dtype(dtype)]),
-            device,
+def check_images(
+    images: ImageList, form: str, out: Path, outputs: Sequence[Path], inputs: Sequence[Path]
+) -> None:
+    """UserError where no image is left, one of the outputs is read, or links would become images of DIR."""
+    check_some(images)
+    data.refuse_overwriting(images, outputs, inputs)
+    is_folder = images.folder is not None and not images.files
+    if form == "links" and is_folder and Path(os.path.realpath(out)).is_relative_to(images.folder):
+        raise UserError(
+            f"--out {out}: lies in {images.name}, where the next call would take the links for images; "
+            "choose a folder beside it"
         )
 
-    def place(self, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Features (n, 4096) -> the points (n, d) that are compared, and their tolerances (n,) float64."""
-        points, norms = whiten(features, self.pca, self.feature_dtype, self.device)
-        return points, self.tolerance(features, norms)
 
-    def tolerance(self, features: torch.Tensor, norms: np.ndarray) -> np.ndarray:
-        """By how much squared distances from the points of these features may be off, (n,) float64.
-
-        features: (n, 4096); norms: (n,) of what they are whitened to. An error of e = noise * RMS of the
-        feature in each of its values becomes one of about e * |PCA matrix| after whitening, and of
-        r = e * |PCA matrix| / norm after normalisation. It changes the difference between the squared
-        distances to two centroids by at most 2 r |c1 - c2| <= 4 r, and one squared distance by as much.
-        """
-        rms = features.double().square().mean(1).sqrt().cpu().numpy()
-        moved = self.noise * rms * np.linalg.norm(self.pca.matrix)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.fmax(SMALLEST_TOLERANCE, 4 * moved / norms)  # 0 / 0: features that are all the same
-
-    def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For points x (n, d): labels (n,), squared distances to the centroid, and those that decided.
-
-        The latter are the same for k-means, for PIC they are those to the nearest image of the run.
-        """
-        if self.points is None:
-            labels, distances = clustering.assign(x, self.stored.centroids, self.device)
-            return labels, distances, distances
-        rows, decided = clustering.assign(x, self.points, self.device)
-        labels = self.stored.labels[rows]
-        return labels, squared_distances(x, self.stored.centroids[labels]).astype(np.float32), decided
-
-    def assign(self, x: np.ndarray, tolerance: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Labels (n,) int64 and squared distances (n,) float32 of points x (n, d).
-
-        rows (n,): which image of the run each is, -1 for a new one. A known image keeps what the run found if
-        its distance to what it was assigned to is, within `tolerance`, still the smallest and still the same.
-        """
-        labels, distances, decided = self.nearest(x)
-        known = np.flatnonzero(rows >= 0)
-        rows = rows[known]
-        if self.points is None:
-            targets, before = self.stored.centroids[self.stored.labels[rows]], self.stored.distances[rows]
-        else:
-            targets, before = self.points[rows], 0.0
-        now = squared_distances(x[known], targets)
-        off = np.maximum(now - decided[known], np.abs(now - before))
-        same = off <= tolerance[known]
-        labels[known[same]] = self.stored.labels[rows[same]]
-        distances[known[same]] = self.stored.distances[rows[same]]
-        return labels, distances
-
-
-def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Row by row, (n, d) and (n, d) -> (n,) float64."""
-    return np.square(x.astype(np.float64) - y).sum(1)
+def check_some(images: ImageList) -> None:
+    if not len(images):
+        raise UserError(f"{images.name}: none of the {len(images.skipped)} images can be decoded")
 
 
 # ---------------------------------------------------------------------------------------- the pass
 
 
-def point_chunks(
-    clusters: Clusters, batches: Iterator[tuple[np.ndarray, torch.Tensor, list[int]]], broken: list[int]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def point_chunks(clusters: Clusters, batches: Batches, broken: list[int]) -> Iterator[tuple[np.ndarray, ...]]:
     """(indexes (n,), points (n, d), tolerances (n,)) of about CHUNK images; broken ones go into the list."""
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for index, features, bad in batches:
+    for features, index, bad in batches:
         broken += bad
-        if len(index):
+        if features is not None:
             parts.append((index, *clusters.place(features)))
         if sum(len(part[0]) for part in parts) >= CHUNK:
             yield tuple(map(np.concatenate, zip(*parts)))
@@ -208,144 +164,54 @@ def point_chunks(
         yield tuple(map(np.concatenate, zip(*parts)))
 
 
+def layer_batches(net: Network, layer: str, view: data.PlainView, how: Pass, log: Log) -> Batches:
+    """One pass over the images, with its progress: (activations, or None, indexes, broken images)."""
+    progress = Progress(len(view), "assigning", log=log)
+    for found, index, broken in activation_batches(net, [layer], view, how):
+        yield found.get(layer), index, broken
+        progress.update(len(index) + len(broken))
+    progress.close()
+
+
 def assign_images(
-    clusters: Clusters,
-    images: data.ImageList,
-    batches: Iterator[tuple[np.ndarray, torch.Tensor, list[int]]],
-    progress: Progress,
+    clusters: Clusters, known: np.ndarray, batches: Batches
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """Labels (N,) int64 and squared distances (N,) float32 of all images, and which could not be decoded.
 
-    batches: of feature_batches, over all images. Labels of images that could not be decoded are -1.
+    known: (N,), of Clusters.known. Labels of images that could not be decoded are -1.
     """
-    labels, distances = np.full(len(images), -1), np.zeros(len(images), np.float32)
+    labels, distances = np.full(len(known), -1), np.zeros(len(known), np.float32)
     broken: list[int] = []
-
-    def counted() -> Iterator[tuple[np.ndarray, torch.Tensor, list[int]]]:
-        for batch in batches:
-            yield batch
-            progress.update(len(batch[0]) + len(batch[2]))
-
-    for index, x, tolerance in point_chunks(clusters, counted(), broken):
-        rows = np.array([clusters.row.get(images.paths[i], -1) for i in index])
-        labels[index], distances[index] = clusters.assign(x, tolerance, rows)
+    for index, x, tolerance in point_chunks(clusters, batches, broken):
+        labels[index], distances[index] = clusters.assign(x, tolerance, known[index])
     return labels, distances, broken
 
 
 # ---------------------------------------------------------------------------------------- output
 
 
-def write_links(
-    images: data.ImageList,
-    labels: np.ndarray,
-    distances: np.ndarray,
-    out: str | Path,
-    num_clusters: int,
-    relative: bool = False,
-    copy: bool = False,
-) -> None:
-    """OUT/<cluster>/<rank>_<name>: links to the images, or copies, nearest to the centroid first.
-
-    Cluster and rank have leading zeros, so that listings are in order; the rank keeps images of one name
-    apart. labels and distances (N,) as images; -1: leave out. OUT, new or empty, appears when it is complete.
-    """
-    out = Path(os.path.realpath(out))
-    beside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    root, width = os.path.realpath(images.root), len(str(num_clusters - 1))
-    order = np.lexsort((distances, labels))[(labels < 0).sum() :]
-    starts = np.flatnonzero(np.diff(labels[order])) + 1
-    try:
-        beside.mkdir(parents=True)
-        for members in np.split(order, starts):
-            folder = beside / f"{labels[members[0]]:0{width}d}"
-            folder.mkdir()
-            digits = len(str(len(members) - 1))
-            for rank, i in enumerate(members.tolist()):
-                name = ranked_name(f"{rank:0{digits}d}_", images.paths[i])
-                target = os.path.join(root, images.paths[i])
-                if copy:
-                    (folder / name).write_bytes(images.read(i))
-                else:
-                    os.symlink(os.path.relpath(target, folder) if relative else target, folder / name)
-        os.replace(beside, out)
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+def write_csv(images: ImageList, labels: np.ndarray, distances: np.ndarray, out: Path) -> None:
+    write_assignments(out, list(images.paths), labels, distances)
 
 
-def ranked_name(rank: str, path: str) -> str:
-    """The rank and the file's name, which loses the end of its stem if both are too long for a file name."""
-    stem, ending = map(os.fsencode, os.path.splitext(os.path.basename(path)))
-    return rank + os.fsdecode(stem[: LONGEST_NAME - len(rank) - len(ending)] + ending)
+def write_pickle(images: ImageList, labels: np.ndarray, _: np.ndarray, out: Path) -> None:
+    write_assignments_pickle(out, zip(images.paths, labels.tolist()))
 
 
-def write_output(
-    args: argparse.Namespace,
-    images: data.ImageList,
-    labels: np.ndarray,
-    distances: np.ndarray,
-    num_clusters: int,
-) -> None:
-    """The file, or folder, that was asked for; labels (N,) of -1 are left out."""
-    if args.format == "links":
-        write_links(images, labels, distances, args.out, num_clusters, args.relative, args.copy)
-        return
-    found = labels >= 0
-    kept = images if found.all() else images.keep(found)
-    if args.format == "pickle":
-        released.write_assignments_pickle(args.out, zip(kept.paths, labels[found].tolist()))
-    else:
-        logbook.write_assignments(Path(args.out), list(kept.paths), labels[found], distances[found])
+WRITERS = {"csv": write_csv, "pickle": write_pickle}
 
 
-def tell(args: argparse.Namespace, clusters: Clusters, images: data.ImageList, labels: np.ndarray) -> str:
-    """What was written, and how much of it the run knew."""
-    rows = np.array([clusters.row.get(path, -1) for path in images.paths])
-    known = (rows >= 0) & (labels >= 0)
-    kept = int((clusters.stored.labels[rows[known]] == labels[known]).sum())
+def tell(clusters: Clusters, known: np.ndarray, labels: np.ndarray) -> str:
+    """How many images went where, and how many of them the run knew: known and labels (n,)."""
+    rows = known >= 0
+    kept = int((clusters.stored.labels[known[rows]] == labels[rows]).sum())
     line = (
-        f"{args.out}: {(labels >= 0).sum()} images in {len(np.unique(labels[labels >= 0]))} of "
-        f"{clusters.stored.num_clusters} clusters; {known.sum()} are known to the run by their path, {kept} "
-        "of them are in the cluster that it gave them"
+        f"{len(labels)} images in {len(np.unique(labels))} of {clusters.stored.num_clusters} clusters; "
+        f"{rows.sum()} are known to the run by their path, {kept} of them are in the cluster that it gave "
+        "them"
     )
-    if kept < known.sum():
-        line += f", {known.sum() - kept} are not: they look different now"
-    skipped = int((labels < 0).sum())
-    return line + (f"; left out {skipped} that cannot be decoded" if skipped else "")
-
-
-# ---------------------------------------------------------------------------------------- main
-
-
-def main(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Write the output; returns labels (N,) int64, -1 for skipped images, and squared distances (N,)."""
-    check_arguments(args)
-    device, log = choose_device(args.device), Log()
-    path, state = read_clustering(args.run)
-    settings = Settings.choose(args, state["args"], device)
-    make_folder(Path(args.out).absolute().parent)
-    clusters = Clusters.from_state(state, settings.precision, device)
-    net = checkpoint.build_from(state, path).to(device)
-    del state  # its weights are in the network
-    images = open_images(args, settings.scaled)
-    log(
-        f"{len(images)} images in {args.dir or args.shards}, {clusters.stored.num_clusters} clusters in "
-        f"{path}; {net.arch} at {settings.image_size} px, batches of {settings.batch}, on {device} "
-        f"({settings.precision})"
-    )
-    progress = Progress(len(images), "assigning", log=log)
-    batches = feature_batches(net, images, FEATURE, settings, args.workers, device)
-    labels, distances, broken = assign_images(clusters, images, batches, progress)
-    progress.close()
-    if broken and not args.skip_bad_images:
-        refuse_bad(images, [(i, reason_of(images, i)) for i in broken], args.out)
-    if len(broken) == len(images):
-        raise UserError(f"{args.dir or args.shards}: none of the {len(images)} images can be decoded")
-    write_output(args, images, labels, distances, clusters.stored.num_clusters)
-    log(tell(args, clusters, images, labels))
-    return labels, distances
+    return line + (f", {rows.sum() - kept} are not: they look different now" if kept < rows.sum() else "")
 
 
 if __name__ == "__main__":
-    run_main(main, get_parser().parse_args())
+    run_main(main, ARGS)

@@ -97,17 +97,22 @@ def power_of_ten(text: str) -> float:
 def add_data(parser: argparse._ActionsContainer) -> None:
     """The images: DIR or --shards."""
     parser.add_argument("dir", metavar="DIR", nargs="?", help="a folder of images or a .txt file of paths")
-    parser.add_argument(
-        "--shards",
-        metavar="PATTERN",
-        help="instead of DIR: tar shards, e.g. 'train-{000000..000146}.tar' (tools/make_shards.py)",
-    )
+    add_shards(parser, "DIR")
     parser.add_argument(
         "--all-splits",
         action="store_true",
         help="take all of a DIR that holds train/ and val/, which is refused otherwise",
     )
     add_bad_images(parser)
+
+
+def add_shards(parser: argparse._ActionsContainer, instead_of: str) -> None:
+    parser.add_argument(
+        "--shards",
+        metavar="PATTERN",
+        help=f"instead of {instead_of}: tar shards, e.g. 'train-{{000000..000146}}.tar' "
+        "(tools/make_shards.py)",
+    )
 
 
 def add_bad_images(parser: argparse._ActionsContainer) -> None:
@@ -163,15 +168,36 @@ def add_machine(parser: argparse._ActionsContainer, precision: str | None = "fp3
         "--workers", type=at_least(0), default=4, help="data loading workers of each process; more than "
         "cores do not help"
     )  # fmt: skip
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda or cuda:<n> (default: cuda if there is one, else cpu)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default=precision,
         help="arithmetic of the convnet: fp32 is exact; tf32 and fp16 (CUDA) and bf16 (CUDA, CPUs with "
         "AVX512-BF16 or AMX) are faster and give a slightly different run",
+    )
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--device", metavar="DEVICE", help="cpu, cuda or cuda:<n> (default: cuda if there is one, else cpu)"
+    )
+
+
+def add_model(parser: argparse._ActionsContainer) -> None:
+    """--model, the network that is looked at."""
+    parser.add_argument("--model", required=True, metavar="MODEL", help="checkpoint of the network")
+
+
+def add_map(parser: argparse._ActionsContainer) -> None:
+    """Which feature map of a network."""
+    parser.add_argument(
+        "--conv", type=at_least(1), default=1, metavar="CONV", help="convolutional layer, from 1"
+    )
+    parser.add_argument(
+        "--layer",
+        metavar="NAME",
+        help="instead of --conv: any feature map of the network, such as layer3 of a ResNet",
     )
 
 

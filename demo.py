@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import util
+from commandline import Parser, add_seed, at_least
 
 PICTURES = Path(__file__).resolve().parent / "demo" / "pictures"
 MANIFEST = "demo.json"  # says what the folder holds; there is one in every folder that this script made
@@ -29,16 +30,17 @@ FLAT, TRIES = 4.0, 20  # grey levels (0..255) that deviate less show nothing: dr
 QUALITY = 90  # of the JPEG files
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="demo.py",
-        description="Cut the demo's image folder from the photographs in demo/pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def get_parser() -> Parser:
+    """The flags of demo.py."""
+    parser = Parser(__doc__)
     parser.add_argument("dir", metavar="DIR", help="folder to make, with DIR/train and DIR/val")
-    parser.add_argument("--train", type=int, default=200, metavar="N", help="train crops from each picture")
-    parser.add_argument("--val", type=int, default=50, metavar="N", help="val crops from each picture")
-    parser.add_argument("--seed", type=int, default=31, help="random seed of the places of the crops")
+    parser.add_argument(
+        "--train", type=at_least(1), default=200, metavar="N", help="train crops from each picture"
+    )
+    parser.add_argument(
+        "--val", type=at_least(1), default=50, metavar="N", help="val crops from each picture"
+    )
+    add_seed(parser)
     return parser
 
 
@@ -166,8 +168,6 @@ def make_folder(folder: Path, pictures: list[Path], description: dict) -> None:
 
 def main(args: argparse.Namespace) -> None:
     start = time.monotonic()
-    if min(args.train, args.val) < 1:
-        raise util.UserError("--train and --val must be at least 1")
     folder = Path(os.path.abspath(args.dir))
     pictures = sorted(PICTURES.glob("*.jpg"))
     if not pictures:
@@ -175,10 +175,10 @@ def main(args: argparse.Namespace) -> None:
     description = describe(pictures, {"train": args.train, "val": args.val}, args.seed)
     content = f"{len(pictures)} classes, {len(pictures) * args.train} train + {len(pictures) * args.val} val"
     if is_complete(folder, description):
-        print(f"demo images: {args.dir} is complete ({content})")
+        util.say(f"demo images: {args.dir} is complete ({content})")
         return
     make_folder(folder, pictures, description)
-    print(f"demo images: wrote {args.dir} ({content}) in {time.monotonic() - start:.0f} s")
+    util.say(f"demo images: wrote {args.dir} ({content}) in {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ And what a run leaves behind for other images: the network of its last clusterin
 points that were clustered (EXP/clustering.pth.tar).
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 import checkpoint
 from algorithms.pca import PCAWhitening, normalise_rows
+from commandline import PRECISIONS
 from data import PlainView, make_loader, to_input
 from data.views import Batch
 from models.network import Network
@@ -148,8 +150,8 @@ def read_clustering(source: str | Path) -> tuple[Path, dict[str, Any]]:
     """(path, content) of the clustering.pth.tar of a run; source is the run's folder or that file.
 
     Files of earlier versions are brought to today's keys: state_dict, arch, layer, transform, metric,
-    assignment, points, paths, args, epoch. Raises UserError, with the way out, for anything else, such as a
-    checkpoint: what is in that was computed from weights that training has changed since.
+    assignment, points, paths, root, args, epoch. Raises UserError, with the way out, for anything else, such
+    as a checkpoint: what is in that was computed from weights that training has changed since.
     """
     path = Path(source)
     if path.is_dir():
@@ -161,16 +163,48 @@ def read_clustering(source: str | Path) -> tuple[Path, dict[str, Any]]:
             )
     state = checkpoint.read(path)
     if "whitening" in state and "transform" not in state:  # before there were methods without a PCA
-        dtype = (state.get("args") or {}).get("feature_dtype", "float32")
-        state["transform"] = {"pca": state["whitening"], "l2": True, "dtype": dtype}
-        state |= {"layer": "fc7.pre", "metric": "l2"}
+        run = state["args"] if isinstance(state.get("args"), dict) else {}
+        state["transform"] = {
+            "pca": state["whitening"], "l2": True, "dtype": run.get("feature_dtype", "float32"),
+        }  # fmt: skip
+        folder = str(run.get("dir") or "")
+        root = os.path.realpath(folder) if os.path.isabs(folder) else None
+        state |= {"layer": "fc7.pre", "metric": "l2", "root": root}
     needed = ("state_dict", "layer", "transform", "metric", "assignment", "paths", "args")
-    if not all(state.get(name) for name in needed) or "optimizer" in state:
+    whole = all(state.get(name) for name in needed) and isinstance(state["args"], dict)
+    if not whole or "optimizer" in state:
         raise UserError(
             f"{path}: holds no clustering that fits its weights; give the folder of a run, in which "
             f"{checkpoint.CLUSTERING} does"
         )
+    state.setdefault("root", None)
+    check_clustering(state, path)
     return path, state
+
+
+def check_clustering(state: dict[str, Any], path: Path) -> None:
+    """UserError unless the parts of a clustering fit each other."""
+    if state["metric"] != "l2":
+        raise UserError(f"{path}: clustered by {state['metric']}, which this version does not know")
+    try:
+        to_points = ToPoints.from_state_dict(state["transform"])
+        labels, centroids = state["assignment"]["labels"], state["assignment"]["centroids"]
+        distances, points = state["assignment"]["distances"], state.get("points")
+        names = [state["layer"], state["root"] or "", *state["paths"]]
+        n, k = len(state["paths"]), state["assignment"]["num_clusters"]
+        fits = labels.shape == distances.shape == (n,) and len(centroids) == k
+        fits = fits and all(isinstance(name, str) for name in names)
+        fits = fits and labels.dtype == torch.int64 and 0 <= labels.min() and labels.max() < k
+        if to_points.pca is not None:
+            matrix, mean = to_points.pca.matrix, to_points.pca.mean
+            fits = fits and mean.shape == matrix.shape[:1] and centroids.shape == (k, matrix.shape[1])
+        if points is not None:
+            fits = fits and points.shape == (n, centroids.shape[1])
+        fits = fits and all(x.dtype == torch.float32 for x in (centroids, distances, points) if x is not None)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{path}: damaged, its labels, centroids and transform do not fit each other")
 
 
 @dataclass
@@ -194,19 +228,35 @@ class Settings:
         batch: int | None = None,
         precision: str | None = None,
     ) -> "Settings":
-        """run: the settings in a checkpoint; the authors' files have none. UserError if the device cannot."""
-        precision = precision or possible_precision(run.get("precision", "fp32"), device)
+        """run: the settings in a checkpoint; the authors' files have none.
+
+        Raises UserError if the device cannot, and for settings in a file that no run has.
+        """
+        precision = precision or possible_precision(run.get("precision") or "fp32", device)
         set_precision(precision, device)
         return cls(
-            image_size or run.get("image_size", PAPER_SIZE),
-            batch or run.get("batch", PAPER_BATCH),
+            image_size or setting(run, "image_size", range(16, 4097), PAPER_SIZE),
+            batch or setting(run, "batch", range(1, 2**16 + 1), PAPER_BATCH),
             precision,
             bool(run.get("scaled_decoding", False)),
         )
 
 
+def setting(run: dict[str, Any], name: str, possible: range, default: int) -> int:
+    """A number among a run's settings; UserError for one that cannot be."""
+    value = default if run.get(name) is None else run[name]
+    if type(value) is not int or value not in possible:
+        raise UserError(
+            f"--{name.replace('_', '-')}: the run's own is {str(value)[:20]!r}, not a number from "
+            f"{possible.start} to {possible.stop - 1}; give it as a flag"
+        )
+    return value
+
+
 def possible_precision(precision: str, device: torch.device) -> str:
     """The run's precision where this device computes in it; fp32, which is more exact, elsewhere."""
+    if precision not in PRECISIONS:
+        return "fp32"
     try:
         set_precision(precision, device)
     except UserError:

@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
         run.keep(net=net, body=body)
         k = "" if finds_k else f", k {args.nmb_cluster}"
         what = f"{net} at {args.image_size} px, {args.clustering}{k}, {args.sampling} sampling"
-        announce(run.exp, images, what, args, run.device, run.log)
+        announce(run, images, what)
 
         cache = open_cache(args.crop_cache, images, args.image_size)
         plain = PlainView(images, central_crop(args.image_size), cache)

@@ -133,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
         heads, hits = SubHeads(run.device, args.lr, MOMENTUM, args.wd), Hits()
         run.keep(images=images, net=net, body=body, top=top, labels=labels, heads=heads, hits=hits)
         what = f"{net} at {args.image_size} px, {coarse} super-cluster(s) of {fine}, {turns} turn(s)"
-        announce(run.exp, images, f"{what}, global batch {run.batch}", args, run.device, run.log)
+        announce(run, images, f"{what}, global batch {run.batch}")
 
         plain = PlainView(
             images, central_crop(args.image_size), open_cache(args.crop_cache, images, args.image_size)

@@ -5,6 +5,7 @@ torch is imported where it is used, so that `--help` and a bad flag are answered
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -235,6 +236,20 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def try_lock(file: IO | int) -> bool | None:
+    """Hold an open file (or folder) alone until it is closed or this process dies; whether that went well.
+
+    False where another process holds it; None on a file system without locks, which keeps nobody out.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def write_json(path: str | Path, content: Any) -> None:

@@ -30,26 +30,23 @@ from scipy.ndimage import gaussian_filter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models
 import util
-from visu import gradient_ascent as ga
+from commandline import Parser, add_device, add_map, at_least
+from models.network import Network
+from visu import ascent
+from visu.layers import choose_map
 
 
-def get_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arch", default="alexnet", help="alexnet or vgg16 (default: alexnet)")
-    parser.add_argument("--conv", type=int, default=1, help="convolution (default: 1)")
-    parser.add_argument("--filters", type=int, default=96, help="filters together (default: 96)")
-    parser.add_argument("--alone", type=int, default=8, help="filters of the other two ways (default: 8)")
-    parser.add_argument(
-        "--idim", type=int, nargs="+", default=[224, 96], help="sizes of the input (default: 224 96)"
-    )
-    parser.add_argument("--niter", type=int, default=10, help="iterations (default: 10)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="rounds, of which the fastest counts (default: 3)"
-    )
-    util.add_device_argument(parser)
+def get_parser() -> Parser:
+    """The flags of this benchmark."""
+    parser = Parser(__doc__)
+    parser.add_argument("--arch", default="alexnet", help="a network by name")
+    add_map(parser)
+    parser.add_argument("--filters", type=at_least(1), default=96, help="filters together")
+    parser.add_argument("--alone", type=at_least(1), default=8, help="filters of the other ways")
+    parser.add_argument("--idim", type=at_least(16), nargs="+", default=[224, 96], help="sizes of the input")
+    parser.add_argument("--niter", type=at_least(1), default=10, help="iterations")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="rounds, of which the fastest counts")
+    add_device(parser)
     return parser
 
 
@@ -57,45 +54,47 @@ def main(args: argparse.Namespace) -> None:
     """Time the ways for each size, print the table."""
     device = util.choose_device(args.device)
     net = models.build(args.arch, sobel=True, seed=0).eval()
-    net.sobel.to(device)
+    name = choose_map(net, args.conv, args.layer)
     print(
-        f"{args.arch} conv{args.conv}, Sobel, {args.filters} filters, {args.niter} iterations, {device}, "
+        f"{args.arch} {name}, Sobel, {args.filters} filters, {args.niter} iterations, {device}, "
         f"{torch.get_num_threads()} threads"
     )
-    print(f"{'idim':>5s} {'way':14s}{'ms/iteration/filter':>22s}{'s for all':>12s}{'together is':>14s}")
+    print(f"{'idim':>5s} {'way':14s}{'ms/iteration/filter':>22s}{'s for all':>12s}{'together is':>16s}")
+    depth = net.maps.index(name) / max(1, len(net.maps) - 1)
     for idim in args.idim:
-        settings = replace(ga.preset(args.conv, net.num_convs, True, idim), niter=args.niter)
-        best = fastest(net, args, settings, device)
-        for name, seconds in best.items():
+        settings = replace(ascent.preset(depth, True, idim), niter=args.niter)
+        best = fastest(net, name, args.filters, args.alone, args.rounds, settings, device)
+        for way, seconds in best.items():
             each = seconds / args.filters / args.niter * 1000
-            ratio = f"{seconds / best['together']:.2f} x faster" if name != "together" else ""
-            print(f"{idim:5d} {name:14s}{each:22.2f}{seconds:12.2f}{ratio:>14s}")
+            ratio = f"{seconds / best['together']:.2f} x faster" if way != "together" else ""
+            print(f"{idim:5d} {way:14s}{each:22.2f}{seconds:12.2f}{ratio:>16s}")
 
 
 def fastest(
-    net: models.DeepClusterNet, args: argparse.Namespace, settings: ga.Settings, device: torch.device
+    net: Network,
+    name: str,
+    filters: int,
+    alone: int,
+    rounds: int,
+    settings: ascent.Settings,
+    device: torch.device,
 ) -> dict[str, float]:
     """Seconds for all filters of each way: the minimum of interleaved rounds."""
-    everything, some = range(args.filters), range(min(args.alone, args.filters))
+    everything, some = range(filters), range(min(alone, filters))
+    net = net.to(device)
     ways = {
-        "plain": (some, lambda channels: plain(net.to(device), args.conv, channels, settings, device)),
-        "plain, 1 core": (
-            some,
-            lambda channels: one_core(plain, net.to(device), args.conv, channels, settings, device),
-        ),
-        "alone": (some, lambda channels: ours(net, args.conv, channels, settings, 1, device)),
-        "together": (
-            everything,
-            lambda channels: ours(net, args.conv, channels, settings, args.filters, device),
-        ),
+        "plain": (some, lambda channels: plain(net, name, channels, settings, device)),
+        "plain, 1 core": (some, lambda channels: one_core(plain, net, name, channels, settings, device)),
+        "alone": (some, lambda channels: ours(net, name, channels, settings, 1, device)),
+        "together": (everything, lambda channels: ours(net, name, channels, settings, filters, device)),
     }
     best = dict.fromkeys(ways, float("inf"))
-    for _ in range(args.rounds + 1):  # the first one warms up
-        for name, (channels, way) in ways.items():
+    for _ in range(rounds + 1):  # the first one warms up
+        for way, (channels, run) in ways.items():
             start = time.perf_counter()
-            way(channels)
-            seconds = (time.perf_counter() - start) / len(channels) * args.filters
-            best[name] = min(best[name], seconds)
+            run(channels)
+            seconds = (time.perf_counter() - start) / len(channels) * filters
+            best[way] = min(best[way], seconds)
     return best
 
 
@@ -108,28 +107,24 @@ def one_core(way: Callable[..., None], *args: Any) -> None:
 
 
 def ours(
-    net: models.DeepClusterNet,
-    conv: int,
+    net: Network,
+    name: str,
     channels: range,
-    settings: ga.Settings,
+    settings: ascent.Settings,
     batch: int,
     device: torch.device,
 ) -> None:
     """Pictures of the channels by the code that is measured."""
-    list(ga.ascend_layer(net, conv, channels, settings, 31, batch, device))
+    list(ascent.ascend_layer(net, name, channels, settings, 31, batch, device))
 
 
-def plain(
-    net: models.DeepClusterNet, conv: int, channels: range, settings: ga.Settings, device: torch.device
-) -> None:
+def plain(net: Network, name: str, channels: range, settings: ascent.Settings, device: torch.device) -> None:
     """The same pictures, one filter after the other, as one would write it down."""
-    net.requires_grad_(True)
-    net.sobel.requires_grad_(False)
     for channel in channels:
-        x = ga.noise(31, conv, channel, settings.noise, settings)[None].to(device)
+        x = ascent.noise(31, name, channel, settings.noise, settings)[None].to(device)
         for i in range(1, settings.niter + 1):
             x.requires_grad_()
-            activation = net.activations(x, [f"conv{conv}"])[f"conv{conv}"].mean(dim=(2, 3))
+            activation = net.activations(x, [name])[name].mean(dim=(2, 3))
             loss = activation.log_softmax(dim=1)[0, channel] - settings.wd * (x**2).sum()
             net.zero_grad()
             loss.backward()
@@ -139,8 +134,7 @@ def plain(
                     gaussian_filter(colour, settings.sig, mode="nearest") for colour in x[0].cpu().numpy()
                 ]
                 x = torch.from_numpy(np.stack(colours))[None].to(device)
-        ga.to_pictures(x, settings.normalised)
-    net.requires_grad_(False)
+        ascent.to_pictures(x, settings.released)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from data.sources import (
     list_source,
     open_images,
     reasons,
+    refuse_overwriting,
 )
 from data.views import (
     IMAGENET_MEAN,
@@ -31,6 +32,6 @@ __all__ = [
     "EXTENSIONS", "FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "Batch", "CropCache", "ImageError", "ImageList",
     "PackedPaths", "PlainView", "RandomView", "Transform", "broken_reason", "cannot_decode", "central_crop",
     "check_headers", "classes_of", "decode_file", "init_worker", "leave_out", "list_images", "list_source",
-    "make_loader", "normalise", "open_cache", "open_images", "probe_train_crop", "reasons", "seeded",
-    "ten_crops", "to_input", "train_crop", "turned", "voc_train_crop",
+    "make_loader", "normalise", "open_cache", "open_images", "probe_train_crop", "reasons",
+    "refuse_overwriting", "seeded", "ten_crops", "to_input", "train_crop", "turned", "voc_train_crop",
 ]  # fmt: skip

@@ -46,8 +46,9 @@ class ImageList:
     root: folder the paths start from; paths: N relative paths; classes: (N,) int64 ids into class_names, or
     None where the folder has none. Classes serve logs and evaluations; DeepCluster never trains on them.
     scaled, False unless set: decode large photographs at a fraction of their size (see `decode_file`). name:
-    what the user calls it. skipped: paths of images that were left out (`drop`). notes: lines on what was
-    passed over when it was listed.
+    what the user calls it. files: what the list was read from, besides the images: a text file or shards.
+    skipped: paths of images that were left out (`drop`). notes: lines on what was passed over when it was
+    listed.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ImageList:
         self.class_names = class_names
         self.scaled = False
         self.name = str(root)
+        self.files: list[str] = []
         self.skipped: list[str] = []
         self.notes: list[str] = []
 
@@ -72,6 +74,11 @@ class ImageList:
     def path(self, i: int) -> Path:
         """The full path of image i."""
         return self.root / self.paths[i]
+
+    @property
+    def folder(self) -> str | None:
+        """The real path of the folder that the paths are files in; None where images lie in shards."""
+        return os.path.realpath(self.root)
 
     def open(self, i: int) -> BinaryIO:
         """The bytes of image i as a buffered file."""
@@ -164,6 +171,7 @@ def list_images(source: str | Path, skip_unread: bool = False, all_splits: bool 
         raise UserError(f"{source} does not exist (expected a folder of images or a text file of paths)")
     images = ImageList(root, paths, *classes_of(paths))
     images.name, images.notes = str(source), notes
+    images.files = [] if source.is_dir() else [str(source)]
     return images
 
 

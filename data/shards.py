@@ -53,10 +53,15 @@ class ShardList(ImageList):
         super().__init__(root, paths, classes, class_names)
         self.shards = shards
         self.where = where
+        self.files = shards
 
     def path(self, i: int) -> Path:
         """Where image i lies, for messages: the shard, then the image's own path."""
         return Path(self.shards[self.where[i, 0]], self.paths[i])
+
+    @property
+    def folder(self) -> None:
+        return None
 
     def open(self, i: int) -> BinaryIO:
         """The bytes of image i as a file."""

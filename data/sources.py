@@ -1,6 +1,7 @@
 """Which images a command works on: named in one way, listed, looked at, the bad ones told or left out."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +61,22 @@ def open_images(
     if bad and enough is not None:
         enough(images)
     return images
+
+
+def refuse_overwriting(images: ImageList, outputs: Iterable[Path], inputs: Iterable[str | Path] = ()) -> None:
+    """UserError where one of the files `outputs` is read: an image, what the list was read from, an input."""
+    there = [path for path in outputs if path.exists()]
+    read = [(path, str(name)) for path in there for name in (*images.files, *inputs) if same_file(path, name)]
+    if there and not read and images.folder is not None:
+        names = {os.path.relpath(os.path.realpath(path), images.folder): path for path in there}
+        read = [(names[name], name) for name in images.paths if name in names][:1]
+    if read:
+        raise UserError(f"{read[0][0]} would be overwritten, but is read: {read[0][1]}; choose another --out")
+
+
+def same_file(a: str | Path, b: str | Path) -> bool:
+    """Whether two paths name one file."""
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def check_headers(images: ImageList, workers: int) -> Bad:

@@ -16,7 +16,6 @@ rows there are is known only at the end where images are broken or give several 
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -27,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
-from util import UserError, make_folder, sync_folder, write_json
+from util import UserError, make_folder, sync_folder, try_lock, write_json
 
 SYNC_SECONDS = 20.0
 CHUNK = 2**24  # bytes that are read at a time to check them
@@ -99,6 +98,11 @@ class Store:
             raise UserError(f"{self.part}: damaged, its rows are not those that were written; {self.way_out}")
         self.file.seek(start + size)
         self.file.truncate()
+
+    def restart(self) -> None:
+        """Drop what lies there: no image is dealt with."""
+        self.good = Good()
+        self._begin(restart=True)
 
     def append(self, rows: np.ndarray, images: int = 1, broken: Sequence[int] = ()) -> None:
         """Add the rows (n, width) of the next `images` images, of which `broken` have none."""
@@ -191,13 +195,9 @@ def open_alone(path: Path) -> BinaryIO:
             file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-        except BlockingIOError:
+        if try_lock(file) is False:
             file.close()
-            raise UserError(f"{path}: another process is writing it; wait for that, or end it") from None
-        except OSError:  # a file system without locks
-            return file
+            raise UserError(f"{path}: another process is writing it; wait for that, or end it")
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()  # the other one has just finished it, and it has its final name

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import released
 import torch
 from PIL import Image
 
@@ -14,16 +13,19 @@ import checkpoint
 import clustering
 import data
 import models
-from tests import small_run, tiny
+from features import Pass, ToPoints, extract_features
+from formats import released
+from formats.links import locked
+from models import weights
+from tests import golden, small_run
+from tests.helpers import ROOT, refuses
 from tests.small_run import SIZE
 from tools import make_shards
-from util import UserError
+from training.labels import PseudoLabels
+from util import Log, UserError, make_folder
 from visu import clusters as gallery
 
-
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-    monkeypatch.setitem(models.ARCHITECTURES, "tiny", tiny.tiny)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +61,13 @@ def state_of(work, exp):
 def brute_force(work, folder, exp):
     """Labels and squared distances in float64, image by image: all distances, the smallest."""
     state = state_of(work, exp)
-    net = checkpoint.load_model(work / exp / checkpoint.CLUSTERING).double()
-    view = data.CentralView(data.list_images(folder), SIZE)
+    net = weights.load(work / exp / checkpoint.CLUSTERING).double()
+    view = data.PlainView(data.list_images(folder), data.central_crop(SIZE))
     with torch.no_grad():
         x = torch.stack([data.normalise(view[i][0]).double() for i in range(len(view))])
         x = torch.cat([net.activations(image[None], ["fc7.pre"])["fc7.pre"] for image in x])
-    x = torch.nn.functional.normalize((x - state["whitening"]["mean"]) @ state["whitening"]["matrix"])
+    pca = state["transform"]["pca"]
+    x = torch.nn.functional.normalize((x - pca["mean"]) @ pca["matrix"])
     labels, centroids = state["assignment"]["labels"], state["assignment"]["centroids"].double()
     if exp == "PIC":
         labels = labels[torch.cdist(x, state["points"].double()).argmin(1)]
@@ -131,71 +134,66 @@ def test_changed_images_go_where_they_belong_now(work, tmp_path, exp, capsys):
     assert "45 of them are in the cluster that it gave them, 3 are not" in capsys.readouterr().out
 
 
-def two_clusters(points=None, labels=(1, 0, 0)):
-    """Centroids at 10 and 80 degrees; the run put image 0, halfway between them, into cluster 1."""
-    angles = np.radians([45, 10, 12])
-    x = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
-    turned = np.radians([10, 80])
-    centroids = np.stack([np.cos(turned), np.sin(turned)], 1).astype(np.float32)
-    labels = np.array(labels)
-    distances = assign.squared_distances(x, centroids[labels]).astype(np.float32)
-    stored = clustering.Assignment(labels, 2, 0.0, distances, centroids)
-    pca = clustering.PCAWhitening(np.zeros(2), np.eye(2))
-    return x, assign.Clusters(pca, stored, points, {}, "float32", 2e-6, torch.device("cpu"))
+# ---------------------------------------------------------------------------------------- any run, any path
 
 
-def at(degrees):
-    return np.array([[np.cos(np.radians(degrees)), np.sin(np.radians(degrees))]], np.float32)
+@pytest.mark.parametrize("exp", ["kmeans", "pic"])
+def test_a_run_of_the_first_version_is_assigned_as_it_was(tmp_path, exp):
+    golden.write_crops(tmp_path / "images", small_run.PICTURES)
+    stored = ROOT / "tests" / "files" / "v1" / exp
+    run(tmp_path, tmp_path / "a.csv", exp=stored)
+    assert (tmp_path / "a.csv").read_bytes() == (stored / "assignments.csv").read_bytes()
 
 
-def test_a_near_tie_is_decided_by_the_run_for_its_own_images_only():
-    _, clusters = two_clusters()
-    tolerance = np.array([1e-3])
-    nearer_to_0 = at(44.99)  # by 4e-4 of squared distance, which is noise
-    assert clusters.assign(nearer_to_0, tolerance, np.array([-1]))[0] == [0]
-    labels, distances = clusters.assign(nearer_to_0, tolerance, np.array([0]))
-    assert labels == [1] and distances[0] == clusters.stored.distances[0]
-    assert clusters.assign(at(44), tolerance, np.array([0]))[0] == [0]  # by 0.04, which is not
-    labels, distances = clusters.assign(at(10), tolerance, np.array([0]))
-    assert labels == [0] and distances[0] < 1e-6
+@pytest.mark.parametrize("arch", ["toy", "resnet18s"])
+def test_any_network_is_assigned_as_it_was(work, tmp_path, arch):
+    small_run.train(work / "images", tmp_path / "exp", "--arch", arch, "--epochs", 1)
+    run(work, tmp_path / "a.csv", exp=tmp_path / "exp")
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "exp" / "assignments.csv").read_bytes()
 
 
-def test_a_tie_of_another_picture_is_not_the_runs():
-    """A picture as far from both centroids as before it was near to its own is another picture."""
-    _, clusters = two_clusters(labels=(1, 0, 1))
-    clusters.stored.distances[0] = 0.1
-    labels, distances = clusters.assign(at(44.99), np.array([1e-3]), np.array([0]))
-    assert labels == [0] and abs(distances[0] - assign.squared_distances(at(44.99), at(10))[0]) < 1e-6
+@pytest.mark.parametrize("l2", [True, False])
+@pytest.mark.parametrize("layer", ["conv2", "fc7"])
+def test_a_method_without_pca_is_assigned_as_it_was(work, tmp_path, layer, l2):
+    images = data.list_images(work / "images")
+    net, to_points = models.build("tiny", seed=1), ToPoints(None, l2)
+    view = data.PlainView(images, data.central_crop(SIZE))
+    features, _ = extract_features(net, layer, view, Pass(16, 0, CPU))
+    points, _ = to_points(features, CPU)
+    found = clustering.kmeans(points, k=5, seed=1)
+    labels = PseudoLabels(make_folder(tmp_path / "exp"), images, Log(quiet=True), {"image_size": SIZE})
+    labels.take(0, found, net=net, layer=layer, to_points=to_points)
+    assigned, _ = run(work, tmp_path / "a.csv", "--batch", 7, exp=tmp_path / "exp")
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "exp" / "assignments.csv").read_bytes()
+    assert np.array_equal(assigned, found.labels)
+    new, distances = run(work, tmp_path / "b.csv", images="new", exp=tmp_path / "exp")
+    view = data.PlainView(data.list_images(work / "new"), data.central_crop(SIZE))
+    features, _ = extract_features(net, layer, view, Pass(16, 0, CPU))
+    norms = np.linalg.norm(features, axis=1, keepdims=True) if l2 else 1
+    squared = np.square((features / norms)[:, None] - found.centroids[None]).sum(2)
+    assert np.array_equal(new, squared.argmin(1)) and np.allclose(distances, squared.min(1), rtol=1e-3)
 
 
-def test_equal_images_in_two_clusters_of_pic_keep_theirs():
-    x = np.concatenate([at(45), at(45), at(80)])
-    _, clusters = two_clusters(points=x, labels=(1, 0, 0))
-    labels, _ = clusters.assign(x, np.full(3, 1e-3), np.arange(3))
-    assert labels.tolist() == [1, 0, 0]
-    changed, _ = clusters.assign(at(80), np.array([1e-3]), np.array([0]))
-    assert changed == [0]
+def test_part_of_the_runs_images_are_known_by_where_they_lie(work, tmp_path, capsys):
+    """Their names in the list start from their own folder, and are not those of the run."""
+    paths = data.list_images(work / "images").paths
+    folder = paths[0].split("/")[0]
+    some = [i for i, path in enumerate(paths) if path.startswith(f"{folder}/")][::2]
+    (tmp_path / "list.txt").write_text("".join(f"{work / 'images' / paths[i]}\n" for i in some))
+    labels, distances = run(work, tmp_path / "a.csv", images=tmp_path / "list.txt")
+    stored = state_of(work, "Kmeans")["assignment"]
+    assert np.array_equal(labels, stored["labels"].numpy()[some])
+    assert np.array_equal(distances, stored["distances"].numpy()[some])
+    assert f"{len(some)} are known to the run by their path, {len(some)} of them" in capsys.readouterr().out
 
 
-def test_the_tolerance_covers_noise_of_the_features(work):
-    """Distances of features with noise of the assumed size stay within it, in the worst of 20 draws."""
-    state = state_of(work, "Kmeans")
-    clusters = assign.Clusters.from_state(state, "fp16", torch.device("cpu"))
-    assert clusters.noise == 1e-3
-    features = (
-        torch.randn(48, 40, generator=torch.Generator().manual_seed(0)) * 0.01 + state["whitening"]["mean"]
-    )
-    features = features.float()
-    x, tolerance = clusters.place(features)
-    centroids = clusters.stored.centroids
-    before = np.stack([assign.squared_distances(x, c) for c in centroids], 1)
-    for seed in range(20):
-        noise = torch.randn(48, 40, generator=torch.Generator().manual_seed(seed))
-        rms = features.square().mean(1, keepdim=True).sqrt()
-        y, _ = clusters.place(features + 1e-3 * rms * noise)
-        after = np.stack([assign.squared_distances(y, c) for c in centroids], 1)
-        assert (np.abs(after - before).max(1) < tolerance).all()
-    assert 1e-3 <= tolerance.min() and tolerance.max() < 1
+def test_an_image_that_a_list_names_twice_is_two_images(work, tmp_path):
+    paths = list(data.list_images(work / "images").paths)
+    twice = paths[:40] + paths[8:]
+    (tmp_path / "list.txt").write_text("".join(f"{work / 'images' / path}\n" for path in twice))
+    small_run.train(tmp_path / "list.txt", tmp_path / "exp", "--clustering", "PIC", "--epochs", 1)
+    run(work, tmp_path / "a.csv", images=tmp_path / "list.txt", exp=tmp_path / "exp")
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "exp" / "assignments.csv").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------- the forms
@@ -224,24 +222,6 @@ def test_links_by_cluster_nearest_first(work, tmp_path, flags):
     assert len(list(tmp_path.iterdir())) == 1  # nothing is left beside
 
 
-def test_links_of_one_name_and_of_long_names(tmp_path):
-    long = "é" * 125 + ".jpg"  # 254 bytes
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        for name in ("same.jpg", long):
-            (tmp_path / folder / name).write_text(folder)
-    (tmp_path / "link").symlink_to(tmp_path / "far" / "away")
-    (tmp_path / "far" / "away").mkdir(parents=True)
-    images = data.ImageList(tmp_path, ["a/same.jpg", "b/same.jpg", f"a/{long}", f"b/{long}", "none.jpg"])
-    out = tmp_path / "link" / "out"  # relative links must count from where the folder really is
-    labels, distances = np.array([3, 3, 3, 3, -1]), np.array([4, 1, 2, 3, 0], np.float32)
-    assign.write_links(images, labels, distances, out, 1000, relative=True)
-    found = sorted((out / "003").iterdir())
-    assert [path.read_text() for path in found] == ["b", "a", "b", "a"]
-    assert [path.name[:4] for path in found] == ["0_sa", "1_éé", "2_éé", "3_sa"]
-    assert all(len(os.fsencode(path.name)) <= 255 and path.suffix == ".jpg" for path in found)
-
-
 def test_shards_are_copied_by_cluster(work, tmp_path):
     arguments = [str(work / "images"), str(tmp_path / "s-%02d.tar"), "--size-mb", "0.05"]
     make_shards.main(make_shards.get_parser().parse_args(arguments))
@@ -264,17 +244,16 @@ def test_damaged_images_stop_it_or_are_left_out(work, tmp_path):
         run(work, tmp_path / "a.csv", images=tmp_path / "images")
     assert not (tmp_path / "a.csv").exists()
     labels, _ = run(work, tmp_path / "a.csv", "--skip-bad-images", images=tmp_path / "images")
-    assert np.flatnonzero(labels < 0).tolist() == [20]
+    assert len(labels) == 47 and labels.min() >= 0
+    assert images.paths[20] in (tmp_path / "a.csv.bad_images.txt").read_text()
     lines = (work / "Kmeans" / "assignments.csv").read_text().splitlines()
     assert (tmp_path / "a.csv").read_text().splitlines() == [*lines[:21], *lines[22:]]
 
 
 def test_only_a_clustering_is_taken(work, tmp_path):
-    with pytest.raises(
-        UserError, match=r"checkpoint\.pth\.tar: holds no PCA and centroids .*clustering\.pth\.tar"
-    ):
+    with pytest.raises(UserError, match=r"checkpoint\.pth\.tar: holds no clustering .*clustering\.pth\.tar"):
         run(work, tmp_path / "a.csv", exp="Kmeans/checkpoint.pth.tar")
-    with pytest.raises(UserError, match=r"clustering\.pth\.tar is missing: main\.py writes it"):
+    with pytest.raises(UserError, match=r"clustering\.pth\.tar is missing: a run writes it"):
         run(work, tmp_path / "a.csv", exp="images")
     run(work, tmp_path / "a.csv", exp="Kmeans/clustering.pth.tar")
 
@@ -285,12 +264,12 @@ def test_only_a_clustering_is_taken(work, tmp_path):
         (["--copy"], "only with --format links"),
         (["--format", "links", "--copy", "--relative"], "one of them"),
         (["--shards", "a.tar"], "one of them"),
-        (["--batch", "0"], "--batch 0"),
+        (["--batch", "0"], "--batch: 0: must be at least 1"),
         (["--precision", "tf32"], "CUDA"),
     ],
 )
 def test_mistakes_are_told_before_any_work(work, tmp_path, flags, message):
-    with pytest.raises(UserError, match=message):
+    with refuses(message):
         run(work, tmp_path / "a", *flags)
     assert not list(tmp_path.iterdir())
 
@@ -302,3 +281,44 @@ def test_the_out_folder_must_be_new_or_empty(work, tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         run(work, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
+def test_what_is_read_is_not_overwritten(work, tmp_path):
+    exp = shutil.copytree(work / "Kmeans", tmp_path / "exp")
+    folder = shutil.copytree(work / "images", tmp_path / "images")
+    first = sorted(folder.rglob("*.jpg"))[0]
+    (tmp_path / "list.txt").write_text(f"{first}\n")
+    (tmp_path / "list.csv.bad_images.txt").write_text(f"{first}\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out, images in (
+        (tmp_path / "list.txt", tmp_path / "list.txt"),
+        (tmp_path / "list.csv", tmp_path / "list.csv.bad_images.txt"),
+        (first, folder),
+        (first, tmp_path / "list.txt"),
+        (exp / "clustering.pth.tar", folder),
+        (exp / "checkpoint.pth.tar", folder),
+    ):
+        with refuses("would be overwritten, but is read"):
+            run(work, out, images=images, exp=exp)
+    with refuses("the next call would take the links for images"):
+        run(work, folder / "by_cluster", "--format", "links", images=folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_what_a_killed_call_left_does_not_block_the_next_one(work, tmp_path):
+    mine, dead, alive = (tmp_path / f"out.tmp-{name}" for name in (os.getpid(), 1, 2))
+    for folder in (mine, dead, alive):
+        (folder / "0").mkdir(parents=True)
+    with locked(alive) as free:
+        assert free
+        run(work, tmp_path / "out", "--format", "links", "--copy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.tmp-2"]
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == 48
+
+
+@pytest.mark.parametrize("flags", [[], ["--format", "links"]])
+def test_the_folder_that_one_stands_in_is_refused(work, tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    with refuses("is a folder|is where you are"):
+        run(work, ".", *flags)
+    assert not list(tmp_path.iterdir())

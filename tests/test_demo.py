@@ -9,6 +9,7 @@ from PIL import Image
 
 import demo
 import util
+from tests.helpers import refuses
 
 
 def make(folder: Path, train: int = 4, val: int = 2, seed: int = 31) -> None:
@@ -149,6 +150,15 @@ def test_folder_with_somebody_elses_files_is_refused_and_kept(tmp_path, existing
     with pytest.raises(util.UserError, match="other files"):
         make(tmp_path)
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"), [({"train": 0}, "--train: 0"), ({"val": 0}, "--val: 0"), ({"seed": -1}, "--seed: -1")]
+)
+def test_mistakes_are_one_line(tmp_path, flags, words):
+    with refuses(words):
+        make(tmp_path / "images", **flags)
+    assert not (tmp_path / "images").exists()
 
 
 def test_file_in_place_of_the_folder_is_refused(tmp_path):

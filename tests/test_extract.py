@@ -1,5 +1,6 @@
-"""extract.py: the right rows, in every form, in constant memory, and the same bits after a kill."""
+"""extract.py: the right rows, in every form, in constant memory."""
 
+# ruff: noqa: F811 (fixtures are imported, and asked for by name)
 import os
 import shutil
 from pathlib import Path
@@ -7,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-import released
 import torch
 from PIL import Image
 
@@ -15,45 +15,17 @@ import checkpoint
 import clustering
 import data
 import extract
-import models
-from tests import small_run, tiny
+from evaluation import store
+from features import Settings, ToPoints
+from formats import released, rows
+from formats.rows import read_names
+from models import weights
+from tests import golden, small_run
+from tests.extract_runs import close, plain, run, work  # noqa: F401
+from tests.helpers import ROOT, refuses
 from tests.small_run import SIZE
 from tools import make_shards
 from util import UserError
-
-
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-    monkeypatch.setitem(models.ARCHITECTURES, "tiny", tiny.tiny)
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """images/: 48 crops of 4 photographs; exp/: a run of two epochs on them."""
-    root = tmp_path_factory.mktemp("work")
-    small_run.train(small_run.write_crops(root / "images"), root / "exp")
-    return root
-
-
-def run(work, out, *flags, model="exp/checkpoint.pth.tar", images=None):
-    network = [] if model is None else ["--model", str(work / model)]
-    source = [str(images or work / "images")]
-    arguments = [*source, "--out", str(out), *network, "--workers", "0", "--device", "cpu", *map(str, flags)]
-    return extract.main(extract.get_parser().parse_args(arguments))
-
-
-def plain(work, layer, model="exp/checkpoint.pth.tar", size=SIZE):
-    """One image at a time in float64, batch norm as it stands: (N, ...)."""
-    net = checkpoint.load_model(work / model).double()
-    view = data.CentralView(data.list_images(work / "images"), size)
-    with torch.no_grad():
-        rows = [net.activations(data.normalise(view[i][0][None]).double(), [layer])[layer] for i in range(48)]
-    return torch.cat(rows).numpy()
-
-
-def close(a, b):
-    return a.shape == b.shape and np.abs(a - b).max() <= 2e-5 * np.abs(b).max()
-
 
 # ---------------------------------------------------------------------------------------- the numbers
 
@@ -65,7 +37,7 @@ def test_rows_are_the_layer_flattened_in_the_order_of_the_names(work, tmp_path, 
     expected = plain(work, layer).reshape(48, -1)
     rows = np.load(path)
     assert rows.dtype == np.float32 and close(rows, expected)
-    assert extract.read_names(tmp_path / f"{layer}.txt") == list(data.list_images(work / "images").paths)
+    assert read_names(tmp_path / f"{layer}.txt") == list(data.list_images(work / "images").paths)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{layer}.npy", f"{layer}.txt"]
 
 
@@ -80,10 +52,7 @@ def test_size_and_batch_are_the_runs_unless_given(work, tmp_path):
     state = checkpoint.read(work / "exp" / "checkpoint.pth.tar")
     del state["args"]  # as the authors' files
     checkpoint.save(tmp_path / "bare.pth.tar", state)
-    parser = extract.get_parser()
-    settings = extract.Settings.choose(
-        parser.parse_args(["images", "--out", "a", "--model", "b"]), {}, torch.device("cpu")
-    )
+    settings = Settings.choose({}, torch.device("cpu"))
     assert (settings.image_size, settings.batch, settings.precision) == (224, 256, "fp32")
     rows = np.load(run(tmp_path, tmp_path / "b", model="bare.pth.tar", images=work / "images"))
     assert close(rows, plain(work, "fc7.pre", size=224))
@@ -92,7 +61,8 @@ def test_size_and_batch_are_the_runs_unless_given(work, tmp_path):
 def test_whitened_rows_are_the_points_of_the_run(work, tmp_path):
     state = checkpoint.read(work / "exp" / "clustering.pth.tar")
     features = plain(work, "fc7.pre", "exp/clustering.pth.tar")
-    points = (features - state["whitening"]["mean"].numpy()) @ state["whitening"]["matrix"].numpy()
+    pca = state["transform"]["pca"]
+    points = (features - pca["mean"].numpy()) @ pca["matrix"].numpy()
     points /= np.linalg.norm(points, axis=1, keepdims=True)
     rows = np.load(run(work, tmp_path / "a", "--run", work / "exp", "--whitened", model=None))
     assert np.abs(rows - points).max() < 1e-3
@@ -103,22 +73,58 @@ def test_whitened_rows_are_the_points_of_the_run(work, tmp_path):
     assert np.array_equal(rows, same)
 
 
+@pytest.mark.parametrize("spec", ["random:toy", "random:resnet18s:sobel"])
+def test_any_network_gives_what_it_is_clustered_by_unless_asked(work, tmp_path, spec):
+    net = weights.load(spec).double()
+    view = data.PlainView(data.list_images(work / "images"), data.central_crop(SIZE))
+    flags = ["--model", spec, "--image-size", SIZE, "--batch", 16]
+    for layer in (net.feature, net.maps[-1]):
+        asked = [] if layer == net.feature else ["--layer", layer]
+        found = np.load(run(work, tmp_path / layer, *flags, *asked, model=None))
+        with torch.no_grad():
+            x = data.normalise(torch.stack([view[i][0] for i in range(48)])).double()
+            expected = net.activations(x, [layer])[layer].flatten(1).numpy()
+        assert close(found, expected)
+
+
+@pytest.mark.parametrize("exp", ["kmeans", "pic"])
+def test_points_of_a_run_of_the_first_version_are_those_that_it_clustered(tmp_path, exp):
+    golden.write_crops(tmp_path / "images", small_run.PICTURES)
+    stored = ROOT / "tests" / "files" / "v1" / exp
+    found = np.load(run(tmp_path, tmp_path / "a", "--run", stored, "--whitened", model=None))
+    state = checkpoint.read(stored / "clustering.pth.tar")
+    was = clustering.Assignment.from_state_dict(state["assignment"])
+    assert np.allclose(np.square(found - was.centroids[was.labels]).sum(1), was.distances, atol=1e-3)
+    assert exp != "pic" or np.allclose(found, state["points"].numpy(), atol=1e-3)
+
+
+def test_points_of_a_method_without_pca_are_its_features(work, tmp_path):
+    state = checkpoint.read(work / "exp" / "clustering.pth.tar")
+    state |= {"layer": "conv2", "transform": ToPoints(None, l2=False).state_dict()}
+    centroids = torch.zeros(len(state["assignment"]["centroids"]), 12 * 7 * 7)
+    state["assignment"] = state["assignment"] | {"centroids": centroids}
+    checkpoint.save(tmp_path / "clustering.pth.tar", state)
+    found = np.load(run(work, tmp_path / "a", "--run", tmp_path, "--whitened", model=None))
+    flat = np.load(run(work, tmp_path / "b", "--layer", "conv2", model="exp/clustering.pth.tar"))
+    assert np.array_equal(found, flat)
+
+
 # ---------------------------------------------------------------------------------------- the forms
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_parquet_holds_the_same_rows(work, tmp_path, dtype, monkeypatch):
-    rows = np.load(run(work, tmp_path / "a", "--dtype", dtype, "--layer", "conv2"))
-    assert rows.dtype == dtype
-    monkeypatch.setattr(extract, "GROUP_BYTES", 10 * rows[0].nbytes)
+    expected = np.load(run(work, tmp_path / "a", "--dtype", dtype, "--layer", "conv2"))
+    assert expected.dtype == dtype
+    monkeypatch.setattr(rows, "GROUP_BYTES", 10 * expected[0].nbytes)
     path = run(work, tmp_path / "a", "--dtype", dtype, "--layer", "conv2", "--format", "parquet")
     file = pyarrow.parquet.ParquetFile(path)
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [10, 10, 10, 10, 8]
     table = file.read()
-    assert table.column("path").to_pylist() == extract.read_names(tmp_path / "a.txt")
+    assert table.column("path").to_pylist() == read_names(tmp_path / "a.txt")
     assert pyarrow.types.is_fixed_size_list(table.schema.field("feature").type)
     values = table.column("feature").combine_chunks().flatten().to_numpy().reshape(48, -1)
-    assert values.dtype == dtype and np.array_equal(values, rows)
+    assert values.dtype == dtype and np.array_equal(values, expected)
     about = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
     assert (about["layer"], about["image_size"], about["shape"]) == ("conv2", "32", "12x7x7")
     assert about["model"].endswith("exp/checkpoint.pth.tar")
@@ -127,7 +133,7 @@ def test_parquet_holds_the_same_rows(work, tmp_path, dtype, monkeypatch):
 def test_the_pickle_is_of_the_authors_form(work, tmp_path):
     rows = np.load(run(work, tmp_path / "a"))
     names, found = released.read_features(run(work, tmp_path / "a.pkl", "--format", "pickle"))
-    assert np.array_equal(found, rows) and names == extract.read_names(tmp_path / "a.txt")
+    assert np.array_equal(found, rows) and names == read_names(tmp_path / "a.txt")
 
 
 def test_odd_names_come_back(work, tmp_path):
@@ -144,7 +150,7 @@ def test_odd_names_come_back(work, tmp_path):
         shutil.copy(image, tmp_path / name)
     (tmp_path / "out").mkdir()
     run(work, tmp_path / "out" / "a", images=tmp_path)
-    assert sorted(extract.read_names(tmp_path / "out" / "a.txt")) == sorted(names)
+    assert sorted(read_names(tmp_path / "out" / "a.txt")) == sorted(names)
     assert (tmp_path / "out" / "a.txt").read_bytes().count(b"\n") == len(names)
     table = pyarrow.parquet.read_table(
         run(work, tmp_path / "out" / "a", "--format", "parquet", images=tmp_path)
@@ -165,147 +171,6 @@ def test_shards_give_the_rows_of_the_folder(work, tmp_path):
     assert np.array_equal(np.load(extract.main(extract.get_parser().parse_args(flags))), rows)
 
 
-# ---------------------------------------------------------------------------------------- going on
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_after(monkeypatch, batches):
-    """The process ends when it would note down that so many batches are done."""
-    write, calls = extract.Journal.write, []
-
-    def dying(journal):
-        calls.append(journal)
-        if len(calls) == batches:
-            raise Killed
-        write(journal)
-
-    monkeypatch.setattr(extract, "SYNC_SECONDS", 0.0)
-    monkeypatch.setattr(extract.Journal, "write", dying)
-
-
-@pytest.mark.parametrize("form", ["npy", "parquet", "pickle"])
-def test_killed_and_continued_is_bit_identical(work, tmp_path, monkeypatch, form):
-    flags = ["--format", form, "--batch", 7, "--layer", "conv1"]
-    whole = run(work, tmp_path / "whole", *flags).read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 4)
-        run(work, tmp_path / "part", *flags)
-    assert not (tmp_path / f"part{extract.ENDINGS[form]}").exists()
-    decoded = []
-    decode = data.ImageList.decode
-    monkeypatch.setattr(data.ImageList, "decode", lambda images, i: decoded.append(i) or decode(images, i))
-    path = run(work, tmp_path / "part", *flags)
-    assert decoded == list(range(21, 48))  # three batches were noted down, the fourth is made again
-    assert path.read_bytes() == whole
-    assert not list(tmp_path.glob("part*.part")) and not list(tmp_path.glob("*.journal"))
-    if form == "npy":
-        assert (tmp_path / "part.txt").read_bytes() == (tmp_path / "whole.txt").read_bytes()
-
-
-def test_other_settings_do_not_go_on(work, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 2)
-        run(work, tmp_path / "a")
-    before = (tmp_path / "a.npy.part").read_bytes()
-    for flags, named in (
-        (["--batch", 8], "batch was 16 and is 8"),
-        (["--layer", "fc7"], "layer was fc7.pre"),
-    ):
-        with pytest.raises(UserError, match=named):
-            run(work, tmp_path / "a", *flags)
-    with pytest.raises(UserError, match="model was"):
-        run(work, tmp_path / "a", model="exp/clustering.pth.tar")
-    assert (tmp_path / "a.npy.part").read_bytes() == before  # the work is not lost by a slip
-    assert close(np.load(run(work, tmp_path / "a", "--layer", "fc7", "--restart")), plain(work, "fc7"))
-
-
-def test_changed_images_do_not_go_on(work, tmp_path, monkeypatch):
-    shutil.copytree(work / "images", tmp_path / "images")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 3)
-        run(work, tmp_path / "a", images=tmp_path / "images")
-    first = sorted((tmp_path / "images").rglob("*.jpg"))[0]
-    Image.new("RGB", (50, 50)).save(first)
-    with pytest.raises(UserError, match="times of the images"):
-        run(work, tmp_path / "a", images=tmp_path / "images")
-
-
-# ---------------------------------------------------------------------------------------- broken images
-
-
-@pytest.fixture
-def damaged(work, tmp_path):
-    """The images, one of them cut after its header; its index."""
-    shutil.copytree(work / "images", tmp_path / "images")
-    images = data.list_images(tmp_path / "images")
-    content = images.path(20).read_bytes()
-    images.path(20).write_bytes(content[: len(content) * 9 // 10])
-    return tmp_path / "images", 20
-
-
-@pytest.mark.parametrize("form", ["npy", "parquet", "pickle"])
-def test_a_damaged_image_stops_the_run_or_is_left_out(work, tmp_path, damaged, monkeypatch, form):
-    folder, bad = damaged
-    name = data.list_images(folder).paths[bad]
-    with pytest.raises(UserError, match=f"1 of 48 images cannot be decoded .*{name}"):
-        run(work, tmp_path / "a", "--format", form, images=folder)
-    assert name in (tmp_path / "a.bad_images.txt").read_text()
-    monkeypatch.setattr(
-        extract, "feature_batches", lambda *_: iter([])
-    )  # all is done: nothing is computed again
-    path = run(work, tmp_path / "a", "--format", form, "--skip-bad-images", images=folder)
-    if form == "npy":
-        rows, names = np.load(path), extract.read_names(tmp_path / "a.txt")
-    elif form == "pickle":
-        names, rows = released.read_features(path)
-    else:
-        table = pyarrow.parquet.read_table(path)
-        names = table.column("path").to_pylist()
-        rows = table.column("feature").combine_chunks().flatten().to_numpy().reshape(47, -1)
-    assert names == [p for i, p in enumerate(data.list_images(folder).paths) if i != bad]
-    assert close(rows, np.delete(plain(work, "fc7.pre"), bad, axis=0))
-
-
-def test_a_mended_image_is_not_left_out(work, tmp_path, damaged, monkeypatch):
-    folder, bad = damaged
-    with pytest.raises(UserError):
-        run(work, tmp_path / "a", images=folder)
-    path = data.list_images(folder).path(bad)
-    shutil.copy(data.list_images(work / "images").path(bad), path)
-    with pytest.raises(UserError, match="times of the images"):
-        run(work, tmp_path / "a", "--skip-bad-images", images=folder)
-    stamps = data.ImageList.stamps  # a file system that was away for a moment: nothing changed
-    monkeypatch.setattr(data.ImageList, "stamps", lambda images: stamps(images)[:, :0])
-    (tmp_path / "a.npy.journal").unlink()
-    with monkeypatch.context() as patch, pytest.raises(UserError):
-        decode = data.ImageList.decode
-
-        def failing(images, i):
-            if i == bad:
-                raise data.ImageError(images.path(i), "input/output error")
-            return decode(images, i)
-
-        patch.setattr(data.ImageList, "decode", failing)
-        run(work, tmp_path / "a", images=folder)
-    assert np.load(run(work, tmp_path / "a", "--skip-bad-images", images=folder)).shape == (48, 40)
-
-
-def test_what_is_no_image_stops_before_any_work(work, tmp_path, damaged):
-    folder, _ = damaged
-    (folder / "text.jpg").write_text("no image")
-    with pytest.raises(UserError, match=r"text\.jpg: not an image"):
-        run(work, tmp_path / "a", images=folder)
-    assert not (tmp_path / "a.npy.part").exists()
-    assert len(np.load(run(work, tmp_path / "a", "--skip-bad-images", images=folder))) == 47
-    for path in (tmp_path / "images").rglob("*.jpg"):
-        path.write_text("no image")
-    with pytest.raises(UserError, match="none of the 49 images"):
-        run(work, tmp_path / "b", "--skip-bad-images", images=folder)
-
-
 # ---------------------------------------------------------------------------------------- memory and mistakes
 
 
@@ -313,24 +178,25 @@ def resident_bytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("form", ["npy", "parquet", "pickle"])
 def test_memory_does_not_grow_with_the_number_of_images(work, tmp_path, monkeypatch, form):
-    if form == "parquet":
-        pytest.importorskip("pyarrow.parquet")  # now, for it takes memory itself
     Image.new("RGB", (36, 36), "red").save(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text("a.png\n" * 6000)  # 6000 rows of 8 KB: 49 MB
     sizes = []
-    append = extract.NpyFile.append if form != "pickle" else extract.PickleFile.append
+    append = store.Store.append
 
-    def measuring(file, names, rows):
-        append(file, names, rows)
+    def measuring(*arguments):
+        append(*arguments)
         sizes.append(resident_bytes())
 
-    kind = extract.NpyFile if form != "pickle" else extract.PickleFile
-    monkeypatch.setattr(kind, "append", measuring)
-    monkeypatch.setattr(extract, "GROUP_BYTES", 2**20)
+    monkeypatch.setattr(store.Store, "append", measuring)
+    monkeypatch.setattr(rows, "GROUP_BYTES", 2**20)
     flags = ["--format", form, "--layer", "conv1", "--batch", 100]
+    (tmp_path / "short.txt").write_text("a.png\n" * 600)  # first, for libraries take memory themselves
+    run(work, tmp_path / "out", *flags, images=tmp_path / "short.txt")
+    sizes.clear()
     path = run(work, tmp_path / "out", *flags, images=tmp_path / "list.txt")
     assert path.stat().st_size > 45e6 or form == "parquet"  # equal rows are compressed
     assert len(sizes) == 60 and max(*sizes, resident_bytes()) - sizes[4] < 20e6
@@ -343,25 +209,34 @@ def test_memory_does_not_grow_with_the_number_of_images(work, tmp_path, monkeypa
         (["--pool", "2"], "fc7.pre is a vector of 40"),
         (["--layer", "conv2", "--pool", "99"], "only 7 x 7"),
         (["--pool", "0"], "at least 1"),
-        (["--whitened"], "holds no PCA and centroids that fit its weights"),
-        (["--whitened", "--layer", "fc7"], "whitens fc7.pre"),
+        (["--whitened"], "holds no clustering that fits its weights"),
+        (["--whitened", "--pool", "2"], "no maps"),
         (["--format", "pickle", "--dtype", "float16"], "float32"),
-        (["--batch", "0"], "--batch 0"),
+        (["--batch", "0"], "--batch: 0: must be at least 1"),
         (["--run", "exp"], "one of them"),
         (["--shards", "a.tar"], "one of them"),
         (["--precision", "tf32"], "CUDA"),
     ],
 )
 def test_mistakes_are_told_before_any_work(work, tmp_path, flags, message):
-    with pytest.raises(UserError, match=message):
+    with refuses(message):
         run(work, tmp_path / "a", *flags)
     assert not list(tmp_path.iterdir())
 
 
+def test_another_layer_than_the_clustered_one_has_no_points(work, tmp_path):
+    with refuses("the run clustered fc7.pre, not --layer fc7"):
+        run(work, tmp_path / "a", "--whitened", "--layer", "fc7", model="exp/clustering.pth.tar")
+
+
 def test_values_that_float16_cannot_hold_are_refused(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        extract, "eval_forward", lambda *_: lambda x: {"fc7.pre": torch.full((len(x), 40), 7e4)}
-    )
+    batches = extract.activation_batches
+
+    def huge(*arguments):
+        for found, index, broken in batches(*arguments):
+            yield {"fc7.pre": torch.full_like(found["fc7.pre"], 7e4)}, index, broken
+
+    monkeypatch.setattr(extract, "activation_batches", huge)
     with pytest.raises(UserError, match="not finite; float16 ends at 65504"):
         run(work, tmp_path / "a", "--dtype", "float16")
     assert np.load(run(work, tmp_path / "b")).max() == np.float32(7e4)
@@ -371,3 +246,46 @@ def test_a_full_disk_is_told_before_any_work(work, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 5000))
     with pytest.raises(UserError, match="still to be written"):
         run(work, tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("out", "form"),
+    [(".", "npy"), ("..", "npy"), ("x/.npy", "npy"), (".npy", "npy"), ("x/", "parquet"), ("", "pickle")],
+)
+def test_an_out_that_names_no_file_is_refused(work, tmp_path, monkeypatch, out, form):
+    monkeypatch.chdir(tmp_path)
+    with refuses("names no file"):
+        run(work, out, "--format", form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_way_is_told_before_any_work(work, tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with refuses(r"a\.txt is a folder"):
+        run(work, tmp_path / "a")
+    run(work, tmp_path / "a", "--format", "parquet")
+
+
+def test_what_is_read_is_not_overwritten(work, tmp_path):
+    image = next((work / "images").rglob("*.jpg"))
+    odd = shutil.copy(image, tmp_path / "odd.npy")  # an image by its content
+    for name in ("a.txt", "b.bad_images.txt", "c.npy.journal"):
+        (tmp_path / name).write_text(f"{image}\n{odd}\n")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
+    shutil.copy(work / "exp" / "checkpoint.pth.tar", tmp_path / "net.pkl")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for out, images, form in (
+        ("a", "a.txt", "npy"),
+        ("a", "link.txt", "npy"),
+        ("b", "b.bad_images.txt", "npy"),
+        ("c", "c.npy.journal", "parquet"),
+        ("odd", "a.txt", "npy"),
+        ("net", "a.txt", "pickle"),
+    ):
+        with refuses("would be overwritten, but is read"):
+            run(work, tmp_path / out, "--format", form, model=tmp_path / "net.pkl", images=tmp_path / images)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    path = run(
+        work, tmp_path / "a", "--format", "parquet", model=tmp_path / "net.pkl", images=tmp_path / "a.txt"
+    )
+    assert len(pyarrow.parquet.read_table(path)) == 2  # which has no a.txt beside it

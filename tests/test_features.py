@@ -13,7 +13,7 @@ import util
 from algorithms.nearest import assign
 from algorithms.pca import fit_pca, normalise_rows
 from features import Pass, ToPoints, activation_batches, extract_features, layer_shape
-from tests.helpers import refuses
+from tests.helpers import ROOT, refuses
 
 CPU = torch.device("cpu")
 
@@ -201,3 +201,72 @@ def test_settings_are_those_asked_for_else_the_runs_else_the_papers():
     assert (paper.image_size, paper.batch, paper.precision, paper.scaled) == (224, 256, "fp32", False)
     with refuses("--precision tf32: for CUDA GPUs only"):
         features.Settings.choose({}, CPU, precision="tf32")
+
+
+@pytest.mark.parametrize(
+    "run", [{"image_size": 10**6}, {"image_size": "64"}, {"batch": 0}, {"batch": 10**9}, {"batch": 1.5}]
+)
+def test_settings_in_a_file_that_no_run_has_are_refused(run):
+    (name,) = run
+    with refuses(f"--{name.replace('_', '-')}: the run's own is"):
+        features.Settings.choose(run, CPU)
+    assert vars(features.Settings.choose(run, CPU, image_size=32, batch=4))[name] in (32, 4)
+
+
+def test_points_are_of_features_as_the_run_held_them():
+    x = np.random.default_rng(0).standard_normal((20, 5)).astype(np.float32)
+    pca = fit_pca(x, 3)
+    points, _ = ToPoints(pca, dtype="float16")(x, CPU)
+    again, _ = ToPoints(pca)(x.astype(np.float16).astype(np.float32), CPU)
+    assert np.array_equal(points, again)
+
+
+# ---------------------------------------------------------------------------------------- clustering.pth.tar
+
+
+@pytest.fixture
+def state():
+    return checkpoint.read(ROOT / "tests" / "files" / "v1" / "pic" / "clustering.pth.tar")
+
+
+def test_a_file_of_the_first_version_has_the_keys_of_today(state, tmp_path):
+    matrix = state["whitening"]["matrix"]
+    path, found = features.read_clustering(ROOT / "tests" / "files" / "v1" / "pic")
+    assert path.name == "clustering.pth.tar"
+    assert (found["layer"], found["metric"], found["root"]) == ("fc7.pre", "l2", None)
+    to_points = ToPoints.from_state_dict(found["transform"])
+    assert (to_points.l2, to_points.dtype) == (True, "float32")
+    assert np.array_equal(to_points.pca.matrix, matrix.numpy())
+    state["args"] |= {"dir": str(tmp_path), "feature_dtype": "float16"}
+    checkpoint.save(tmp_path / "clustering.pth.tar", state)
+    _, found = features.read_clustering(tmp_path)
+    assert found["root"] == str(tmp_path.resolve()) and found["transform"]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"args": [1]}, "holds no clustering"),
+        ({"optimizer": {}}, "holds no clustering"),
+        ({"paths": ["a"] * 59}, "damaged"),
+        ({"paths": [1] * 60}, "damaged"),
+        ({"points": torch.zeros(60, 3)}, "damaged"),
+        ({"whitening": {"mean": torch.zeros(40), "matrix": torch.zeros(40, 7)}}, "damaged"),
+        ({"whitening": {"mean": torch.zeros(0), "matrix": torch.zeros(0)}}, "damaged"),
+        ({"assignment": {"labels": torch.zeros(60)}}, "damaged"),
+        ({"transform": {"pca": None, "l2": True}, "layer": "fc7", "metric": "l2"}, "damaged"),
+        ({"transform": {"l2": True}, "layer": "fc7", "metric": "cosine"}, "clustered by cosine"),
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_told_in_one_line(state, tmp_path, change, message):
+    checkpoint.save(tmp_path / "clustering.pth.tar", state | change)
+    with refuses(f"clustering.pth.tar: {message}"):
+        features.read_clustering(tmp_path)
+
+
+@pytest.mark.parametrize("value", [-1, 10**6])
+def test_labels_beyond_the_clusters_are_refused(state, tmp_path, value):
+    state["assignment"]["labels"][3] = value
+    checkpoint.save(tmp_path / "clustering.pth.tar", state)
+    with refuses("damaged"):
+        features.read_clustering(tmp_path)

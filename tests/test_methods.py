@@ -17,9 +17,9 @@ import checkpoint
 import main_deepclusterv2
 import main_deepercluster
 import main_swav
-import models
 from models.weights import load
-from tests import golden, tiny
+from tests import golden
+from tests.helpers import equal
 from training.logs import read_lines
 from util import UserError
 
@@ -39,11 +39,6 @@ METHODS = {
 COMMON = "--arch tiny --workers 0 --device cpu --no-report --checkpoints 2"
 
 
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-    monkeypatch.setitem(models.ARCHITECTURES, "tiny", tiny.tiny)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return golden.write_crops(tmp_path_factory.mktemp("crops") / "crops", ROOT / "demo" / "pictures")
@@ -60,20 +55,7 @@ def train(method, images, exp, *flags, epochs=3):
 @pytest.fixture(scope="module")
 def finished(images, tmp_path_factory):
     """{method: a run of three epochs}."""
-    models.ARCHITECTURES["tiny"] = tiny.tiny
-    runs = {name: train(name, images, tmp_path_factory.mktemp(name) / "exp") for name in METHODS}
-    del models.ARCHITECTURES["tiny"]
-    return runs
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b))
-    return a == b
+    return {name: train(name, images, tmp_path_factory.mktemp(name) / "exp") for name in METHODS}
 
 
 def assert_same_run(a, b):

@@ -1,55 +1,40 @@
 """What a run says before it begins, on the terminal and in EXP/config.json."""
 
-import argparse
 import os
-import platform
 import sys
-from pathlib import Path
-
-import faiss
-import numpy as np
-import torch
 
 import distributed
 from data import ImageList
-from util import Log, write_json
+from training.machine import versions
+from training.run import Run
+from util import write_json
 
 
-def announce(
-    exp: Path, images: ImageList, what: str, args: argparse.Namespace, device: torch.device, log: Log
-) -> None:
+def announce(run: Run, images: ImageList, what: str) -> None:
     """Say what is about to happen, and write EXP/config.json; what: a line on network and method."""
+    args = run.args
     classes = "no class folders" if images.classes is None else f"{len(images.class_names)} classes"
     ranks = f" in {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-    log(f"{len(images)} images in {images.name} ({classes}, for the log only)")
-    log(f"{what}, on {device} ({args.precision}){ranks}")
+    run.log(f"{len(images)} images in {images.name} ({classes}, for the log only)")
+    run.log(f"{what}, on {run.device} ({args.precision}){ranks}")
     if args.verbose:
-        log("settings: " + "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
+        run.log("settings: " + "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
     if distributed.is_main():
-        write_config(exp, images, args, device)
+        write_config(run, images)
 
 
-def write_config(exp: Path, images: ImageList, args: argparse.Namespace, device: torch.device) -> None:
+def write_config(run: Run, images: ImageList) -> None:
     """EXP/config.json: what was asked for, on which images, by which versions; pictures read it."""
-    sources = {name: getattr(args, name, None) for name in ("dir", "shards")}
-    write_json(exp / "config.json", {
-        "args": vars(args) | {name: path and os.path.abspath(path) for name, path in sources.items()},
+    args = vars(run.args)
+    write_json(run.exp / "config.json", {
+        "method": run.method,
+        "args": args | {name: args.get(name) and os.path.abspath(args[name]) for name in ("dir", "shards")},
         "images": {
             "root": os.path.abspath(images.root),
             "number": len(images),
             "classes": images.class_names,
         },
-        "device": str(device),
+        "device": str(run.device),
         "versions": versions(),
         "command": sys.argv,
     })  # fmt: skip
-
-
-def versions() -> dict[str, str]:
-    """What computed this: a resumed run is the same bit for bit only with the same."""
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "faiss": faiss.__version__,
-    }

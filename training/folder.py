@@ -5,14 +5,13 @@ EXP/<name>.pth.tar                                                 of evaluation
 """
 
 import contextlib
-import fcntl
 import os
 import socket
 from pathlib import Path
 from typing import IO
 
 from training import schema
-from util import Log, UserError, make_folder
+from util import Log, UserError, make_folder, try_lock
 
 AUTO = "auto"
 REPLACED = ".replaced"  # what the name of a checkpoint ends in that another past of the run has made
@@ -54,14 +53,13 @@ class Folder:
         """
         make_folder(self.path)
         lock = open(self.path / f".{self.last.name}.lock", "a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        held = try_lock(lock)
+        if held is False:
             lock.seek(0)
             holder = lock.read().strip() or "another process"
             lock.close()
-            raise UserError(f"--exp {self.path}: in use by {holder}; choose another folder") from None
-        except OSError:  # a file system without locks
+            raise UserError(f"--exp {self.path}: in use by {holder}; choose another folder")
+        if held is None:  # nobody can tell whose the left-over files are
             lock.close()
             return
         lock.truncate(0)

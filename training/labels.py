@@ -142,6 +142,7 @@ class PseudoLabels:
             "assignment": now.state_dict(),
             "points": None if now.points is None else torch.from_numpy(now.points),
             "paths": list(self.images.paths),
+            "root": self.images.folder,
             "args": self.settings,
         })  # fmt: skip
 

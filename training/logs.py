@@ -66,15 +66,29 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The records of a `log.jsonl`; lines that are none, such as a last one cut by a kill, are left out."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+    return check_lines(path)[0]
+
+
+def check_lines(path: str | Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """(records, broken) of a `log.jsonl`: what its lines say, and the numbers, from 1, of those that do not.
+
+    A record is a JSON object in UTF-8 with a whole number under `epoch`.
+    """
+    records: list[dict[str, Any]] = []
+    broken: list[int] = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if not line.strip():
             continue
-        if isinstance(record, dict) and type(record.get("epoch")) is int:
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError):
+            record = None
+        epoch = record.get("epoch") if isinstance(record, dict) else None
+        if type(epoch) is int and 0 <= epoch < 2**31:
             records.append(record)
-    return records
+        else:
+            broken.append(number)
+    return records, broken
 
 
 def keep_lines_before(path: Path, epoch: int) -> None:

@@ -1,9 +1,12 @@
 """What a run needs of the machine, asked before its first step rather than found out in the middle."""
 
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
+import faiss
+import numpy as np
 import torch
 
 import distributed
@@ -52,3 +55,13 @@ def costs(seconds: dict[str, float], device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
     return found
+
+
+def versions() -> dict[str, str]:
+    """What computed this: a resumed run is the same bit for bit only with the same."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "faiss": faiss.__version__,
+    }

@@ -53,7 +53,7 @@ def open_run(run: Run, prototypes: int | list[int]) -> tuple[ImageList, Network,
         f"{net}, crops {sizes} px, prototypes {prototypes}, global batch {run.batch}, "
         f"{len(images) // run.batch} steps an epoch, epochs {run.epoch} to {args.epochs}"
     )
-    announce(run.exp, images, what, args, run.device, run.log)
+    announce(run, images, what)
     return images, net, RandomView(images, crops)
 
 

@@ -35,7 +35,6 @@ from models.network import Network
 from models.parallel import Share, share_among_ranks
 from models.weights import init_weights
 from training import logs, machine
-from training.announce import versions
 from training.folder import Folder, origin_of
 from training.optim import Schedule
 from training.parts import Parts
@@ -393,5 +392,5 @@ class Run:
             "record": self.record,
             "loss": {"sum": self.meter.sum, "count": self.meter.count},
             "args": vars(self.args),
-            "versions": versions(),
+            "versions": machine.versions(),
         }

@@ -18,9 +18,12 @@ fi
 MODEL=${MODEL:-$root/exp/checkpoint.pth.tar}
 EXP=${EXP:-$root/exp}
 CONV=${CONV:-1}
+LAYER=${LAYER:-} # instead of CONV: any map, such as layer3 of a ResNet
 WORKERS=${WORKERS:-4}
 
+map=(--conv "$CONV")
+[[ -n $LAYER ]] && map=(--layer "$LAYER")
 # shellcheck source=../env.sh
 . "$root/env.sh" requirements.txt
-run "$PY" "$root/visu/activ_retrieval.py" --model "$MODEL" --exp "$EXP" --conv "$CONV" --data "$DATA" \
+run "$PY" "$root/visu/activ_retrieval.py" --model "$MODEL" --exp "$EXP" "${map[@]}" --data "$DATA" \
     --workers "$WORKERS" "$@"

@@ -1,92 +1,87 @@
 """Which images activate a filter most? The top images of every filter of a layer.
 
     python visu/activ_retrieval.py --model exp/checkpoint.pth.tar --conv 5 --data DIR --exp exp/top
+    python visu/activ_retrieval.py --model resnet.pth.tar --layer layer4 --shards 'val-*.tar' --exp exp/top
 
 One pass over the images; for each filter of convolution N the `--count` images with the largest mean
 activation over space (after the ReLU) are kept. Copies them to
 EXP/conv<N>/layer<N>-channel<c>/<rank>_<file name>, the best at rank 0, and shows them on contact sheets, a
-row a filter: EXP/conv<N>/layer<N>.png, or layer<N>-page<p>.png where there are many filters.
+row a filter: EXP/conv<N>/layer<N>.png, or layer<N>-page<p>.png where there are many filters. Of a ResNet's
+layer4: EXP/layer4/layer4-channel<c>/. Images that cannot be decoded are left out and named.
 """
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from commandline import Parser, add_exp, add_image_size, add_machine, add_map, add_model, add_shards, at_least
+
+
+def get_parser() -> Parser:
+    """The flags of activ_retrieval.py; those that scripts share are in commandline.py."""
+    parser = Parser(__doc__)
+    group = parser.add_argument_group("what to look at")
+    add_model(group)
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", metavar="DIR", help="a folder of images or a .txt file of paths")
+    add_shards(source, "--data")
+    add_map(group)
+    group.add_argument("--count", type=at_least(1), default=9, help="images for each filter")
+    add_image_size(group)
+    group = parser.add_argument_group("machine and output")
+    add_exp(group, "the results")
+    group.add_argument("--batch", type=at_least(1), default=64, help="images in a batch")
+    add_machine(group)
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_parser().parse_args()  # before the imports that take seconds
+
+import shutil
+
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-import evaluation
 import util
-from features import PRECISIONS, fold_batch_norm, set_precision
-from models import DeepClusterNet
+from data import ImageList, PlainView
+from features import Pass, activation_batches
+from models import weights
+from models.network import Network
 from util import UserError
 from visu import sheet
+from visu.layers import choose_map, file_stem
 
 PAGE_ROWS = 32  # filters on one contact sheet
 TILE = 96  # pixels of an image on a sheet
 BROKEN_SHOWN = 10  # broken images named on the terminal
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="activ_retrieval.py", description="Top images of every filter of a convolutional layer."
-    )
-    group = parser.add_argument_group("what to look at")
-    group.add_argument("--model", required=True, metavar="MODEL", help="checkpoint of the network")
-    group.add_argument(
-        "--data", required=True, metavar="DIR", help="a folder of images or a .txt file of paths"
-    )
-    group.add_argument(
-        "--conv", type=int, default=1, metavar="CONV", help="convolutional layer, from 1 (default: 1)"
-    )
-    group.add_argument("--count", type=int, default=9, help="images for each filter (default: 9)")
-    group.add_argument(
-        "--image-size",
-        type=int,
-        default=224,
-        metavar="PIXELS",
-        help="side of the central crop that the network sees; the shorter side is first resized to 256/224 "
-        "of it (default: 224)",
-    )
-    group = parser.add_argument_group("machine and output")
-    group.add_argument("--exp", default="exp", metavar="EXP", help="path to results (default: exp)")
-    group.add_argument("--batch", type=int, default=64, help="images in a batch (default: 64)")
-    group.add_argument("--workers", type=int, default=4, help="number of data loading workers (default: 4)")
-    util.add_device_argument(group)
-    group.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="arithmetic of the convnet (default: fp32)"
-    )
-    return parser
-
-
 def main(args: argparse.Namespace) -> "TopImages":
-    for name, least in (("conv", 1), ("count", 1), ("batch", 1), ("workers", 0), ("image_size", 16)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     device, log = util.choose_device(args.device), util.Log()
-    set_precision(args.precision, device)
-    layer = f"conv{args.conv}"
-    net = evaluation.open_network(args.model, [layer])
-    images = data.list_images(args.data)
-    folder = util.make_folder(Path(args.exp) / layer)
-
-    loader = data.make_loader(
-        data.CentralView(images, args.image_size), args.batch, args.workers, pin_memory=device.type == "cuda"
-    )
-    progress = util.Progress(len(images), f"{layer} of {args.data}", log=log)
-    top, broken = find_top(net.to(device), loader, layer, args.count, device, args.precision, progress)
+    util.set_precision(args.precision, device)
+    net = weights.load(args.model).to(device)
+    name = choose_map(net, args.conv, args.layer)
+    folder = util.make_folder(Path(args.exp) / name)
+    images = data.open_images(
+        args.data, args.shards, bad_list=folder / "bad_images.txt", skip_bad=True, all_splits=True,
+        workers=args.workers, log=log,
+    )  # fmt: skip
+    progress = util.Progress(len(images), f"{name} of {images.name}", log=log)
+    view = PlainView(images, data.central_crop(args.image_size))
+    how = Pass(args.batch, args.workers, device, args.precision)
+    top, broken = find_top(net, name, view, args.count, how, progress)
     progress.close()
     name_broken(images, broken, log)
     if top is None:
-        raise UserError(f"{args.data}: none of the {len(images)} images can be decoded")
-    copy_images(images, top, folder, args.conv)
-    pages = write_sheets(images, top, folder, args.conv, args.image_size)
+        raise UserError(f"{images.name}: none of its images can be decoded")
+    copy_images(images, top, folder, file_stem(name))
+    pages = write_sheets(images, top, folder, name, args.image_size)
     log(
-        f"{len(top.images)} filters of {layer}: copies in {folder}/layer{args.conv}-channel<c>/, sheets "
+        f"{len(top.images)} filters of {name}: copies in {folder}/{file_stem(name)}-channel<c>/, sheets "
         + ", ".join(str(page) for page in pages)
     )
     return top
@@ -117,45 +112,31 @@ class TopImages:
         self.values, self.images = values.gather(1, order), images.gather(1, order)
 
 
-@torch.inference_mode()
 def find_top(
-    net: DeepClusterNet,
-    loader: DataLoader,
-    layer: str,
-    count: int,
-    device: torch.device,
-    precision: str = "fp32",
-    progress: util.Progress | None = None,
+    net: Network, name: str, view: PlainView, count: int, how: Pass, progress: util.Progress
 ) -> tuple[TopImages | None, list[int]]:
-    """The `count` images with the largest mean activation of each filter of `layer`; the broken images.
+    """The `count` images with the largest mean activation of each filter of a map; the broken images.
 
-    net is on `device`; loader yields (uint8 views (B, 3, S, S), indexes (B,)), an index -1 - i for an image i
-    that cannot be decoded. None where nothing could be decoded. Raises UserError for activations that are not
-    finite.
+    net is on the device of `how`. None where nothing could be decoded. Raises UserError for activations that
+    are not finite.
     """
-    folded = fold_batch_norm(net.eval()).to(memory_format=torch.channels_last)
     top, broken = None, []
-    with set_precision(precision, device):
-        for views, indexes in loader:
-            good = indexes >= 0
-            broken += (-1 - indexes[~good]).tolist()
-            if good.any():
-                x = data.normalise(views.to(device, non_blocking=True))
-                x = x.contiguous(memory_format=torch.channels_last)
-                means = folded.activations(x, [layer])[layer].float().mean(dim=(2, 3)).cpu()[good]
-                if not means.isfinite().all():
-                    raise UserError(f"{layer}: activations are not finite, the network has diverged")
-                top = top or TopImages(means.shape[1], count)
-                top.add(means, indexes[good])
-            if progress is not None:
-                progress.update(len(indexes))
+    for found, index, bad in activation_batches(net, [name], view, how):
+        if found:
+            means = found[name].mean(dim=(2, 3)).cpu()  # (B, filters)
+            if not means.isfinite().all():
+                raise UserError(f"{name}: activations are not finite, the network has diverged")
+            top = top or TopImages(means.shape[1], count)
+            top.add(means, torch.from_numpy(index))
+        broken += bad
+        progress.update(len(index) + len(bad))
     return top, sorted(broken)
 
 
-def name_broken(images: data.ImageList, broken: list[int], log: util.Log) -> None:
+def name_broken(images: ImageList, broken: list[int], log: util.Log) -> None:
     """Say which images were left out, and why; of many the first few."""
-    for i in broken[:BROKEN_SHOWN]:
-        log(f"left out {images.path(i)}: {data.broken_reason(images, i)}")
+    for i, reason in data.reasons(images, broken[:BROKEN_SHOWN]):
+        log(f"left out {images.path(i)}: {reason}")
     if len(broken) > BROKEN_SHOWN:
         log(f"left out {len(broken)} images in all that cannot be decoded")
 
@@ -163,10 +144,10 @@ def name_broken(images: data.ImageList, broken: list[int], log: util.Log) -> Non
 # ------------------------------------------------------------------------------- what is written
 
 
-def copy_images(images: data.ImageList, top: TopImages, folder: Path, conv: int) -> None:
-    """Copy each filter's images to folder/layer<N>-channel<c>/<rank>_<file name>; earlier copies go."""
+def copy_images(images: ImageList, top: TopImages, folder: Path, stem: str) -> None:
+    """Copy each filter's images to folder/<stem>-channel<c>/<rank>_<file name>; earlier copies go."""
     for channel, row in enumerate(top.images.tolist()):
-        target = folder / f"layer{conv}-channel{channel}"
+        target = folder / f"{stem}-channel{channel}"
         if target.is_dir():
             shutil.rmtree(target)
         util.make_folder(target)
@@ -175,15 +156,13 @@ def copy_images(images: data.ImageList, top: TopImages, folder: Path, conv: int)
             copy.write_bytes(images.read(i))  # from a file, or from within a shard
 
 
-def write_sheets(
-    images: data.ImageList, top: TopImages, folder: Path, conv: int, image_size: int
-) -> list[Path]:
+def write_sheets(images: ImageList, top: TopImages, folder: Path, name: str, image_size: int) -> list[Path]:
     """Contact sheets of the views that the network saw, a row a filter, PAGE_ROWS a page; their paths."""
     rows = top.images.tolist()
     pages = [range(start, min(start + PAGE_ROWS, len(rows))) for start in range(0, len(rows), PAGE_ROWS)]
     paths = []
     for number, channels in enumerate(pages):
-        name = f"layer{conv}.png" if len(pages) == 1 else f"layer{conv}-page{number}.png"
+        ending = ".png" if len(pages) == 1 else f"-page{number}.png"
         shown = {i for channel in channels for i in rows[channel]}
         tiles = {i: thumbnail(images, i, image_size) for i in shown}
         page = sheet.contact_sheet(
@@ -191,14 +170,14 @@ def write_sheets(
             columns=len(rows[0]),
             captions=[f"{value:.3g}" for channel in channels for value in top.values[channel].tolist()],
             row_labels=[str(channel) for channel in channels],
-            title=f"conv{conv}: filter; top images by mean activation",
+            title=f"{name}: filter; top images by mean activation",
         )
-        paths.append(folder / name)
+        paths.append(folder / f"{file_stem(name)}{ending}")
         sheet.save_picture(page, paths[-1])
     return paths
 
 
-def thumbnail(images: data.ImageList, i: int, image_size: int) -> Image.Image:
+def thumbnail(images: ImageList, i: int, image_size: int) -> Image.Image:
     """The central view of image i as the network sees it, small."""
     view = data.central_crop(image_size)(images.decode(i))
     picture = Image.fromarray(view.permute(1, 2, 0).contiguous().numpy())
@@ -206,4 +185,4 @@ def thumbnail(images: data.ImageList, i: int, image_size: int) -> Image.Image:
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser().parse_args())
+    util.run_main(main, ARGS)

@@ -1,14 +1,17 @@
 """The charts of a run's log: matplotlib figures for the PNG, and SVG that goes dark with the page.
 
-A panel is a function (axes, records): it draws one chart of the report and returns nothing. records are the
-lines of log.jsonl in order; a number that an epoch lacks leaves a gap.
+PANELS is the table of what is drawn where the log holds it; other numbers of a log get a plain line each. A
+number that an epoch lacks leaves a gap.
 """
 
+import html
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import IO, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import IO
 
 import matplotlib
 import numpy as np
@@ -16,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-Records = Sequence[dict[str, Any]]
-Panel = Callable[[Axes, Records], None]
+from visu.pages import printable
+from visu.records import Records, column, log_k, value
 
 INK, SOFT, GRID, PAPER = "#1b1f24", "#55606b", "#d9dee3", "#ffffff"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -66,81 +69,57 @@ def epochs_of(records: Records) -> np.ndarray:
     return np.array([record["epoch"] for record in records])
 
 
-def column(records: Records, *names: str) -> np.ndarray:
-    """The value under names in each record, (E,) float64, NaN where an epoch lacks it."""
-
-    def value(record: Any) -> float:
-        for name in names:
-            record = record.get(name) if isinstance(record, dict) else None
-        return float("nan") if record is None else float(record)
-
-    return np.array([value(record) for record in records])
-
-
-def log_k(records: Records) -> np.ndarray:
-    """The loss of a guess, log k, in each epoch (PIC finds another k each time)."""
-    return np.log(np.maximum(column(records, "clusters", "number"), 2))
-
-
 def line(axes: Axes, records: Records, values: np.ndarray, label: str, colour: str) -> None:
     """A line over the epochs; with dots where there are few, so that one epoch shows as well."""
     marker = "o" if len(records) <= 30 else None
     axes.plot(epochs_of(records), values, color=colour, label=label, marker=marker, markersize=5, linewidth=2)
 
 
-def convnet_loss(axes: Axes, records: Records) -> None:
-    axes.set_title("Convnet loss")
-    line(axes, records, column(records, "loss"), "mean over the epoch", BLUE)
-    dots = {"marker": "_", "markersize": 12} if len(records) == 1 else {}
-    axes.plot(
-        epochs_of(records),
-        log_k(records),
-        color=ORANGE,
-        linestyle="--",
-        label="log k (nothing learnt)",
-        **dots,
-    )
-    axes.set_ylim(0, 1.35 * max(np.nanmax(log_k(records)), np.nanmax(column(records, "loss"), initial=0)))
+def training_loss(axes: Axes, records: Records) -> None:
+    loss = column(records, "loss")
+    line(axes, records, loss, "mean over the epoch", BLUE)
+    guess = np.array([math.nan if k is None else k for k in map(log_k, records)])
     axes.set_ylabel("cross-entropy (nats)")
-    axes.legend(loc="upper right")
+    if not np.isnan(guess).all():
+        dots = {"marker": "_", "markersize": 12} if len(records) == 1 else {}
+        axes.plot(
+            epochs_of(records), guess, color=ORANGE, linestyle="--", label="log k (nothing learnt)", **dots
+        )
+        axes.legend(loc="upper right")
+    highest = max(np.nanmax(guess, initial=0), np.nanmax(loss, initial=0))
+    lowest = np.nanmin(loss, initial=0)
+    axes.set_ylim(1.35 * lowest, 1.35 * highest if highest > 0 else None)
 
 
 def clustering_loss(axes: Axes, records: Records) -> None:
-    axes.set_title("Clustering loss")
     line(axes, records, column(records, "clustering_loss"), "", BLUE)
     axes.set_ylabel("sum of squared distances")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
 def agreement(axes: Axes, records: Records, what: str) -> None:
-    values = column(records, f"nmi_{what}")
-    if np.isnan(values).all():
-        axes.grid(False)
-        axes.set(xticks=[], yticks=[])
-        text = "needs two epochs" if what == "previous" else "the images are in no class folders"
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=SOFT)
-        return
-    line(axes, records, values, "NMI", BLUE)
-    line(axes, records, column(records, f"ami_{what}"), "AMI (0 by chance)", ORANGE)
-    low = min(0, np.nanmin(column(records, f"ami_{what}"), initial=0))
-    axes.set_ylim(low, 1.03)
+    line(axes, records, column(records, f"nmi_{what}"), "NMI", BLUE)
+    ami = column(records, f"ami_{what}")
+    line(axes, records, ami, "AMI (0 by chance)", ORANGE)
+    axes.set_ylim(min(0, np.nanmin(ami, initial=0)), 1.03)
     axes.legend()
 
 
-def with_previous(axes: Axes, records: Records) -> None:
-    axes.set_title("Agreement with the previous epoch")  # figure 2b of the paper
-    agreement(axes, records, "previous")
+def share(axes: Axes, records: Records, name: str) -> None:
+    line(axes, records, column(records, name), "", BLUE)
+    axes.set_ylim(0, 1.03)
 
 
-def with_classes(axes: Axes, records: Records) -> None:
-    axes.set_title("Agreement with the classes")  # figure 2a
-    agreement(axes, records, "classes")
+def plain(axes: Axes, records: Records, name: str) -> None:
+    line(axes, records, column(records, name), "", BLUE)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
 
 
 def cluster_sizes(axes: Axes, records: Records) -> None:
-    axes.set_title("Sizes of the clusters")
     epochs = epochs_of(records)
-    low, middle, high = (column(records, "clusters", name) for name in ("min", "median", "max"))
+    low, middle, high = (
+        np.maximum(column(records, "clusters", name), 1) for name in ("min", "median", "max")
+    )
     if len(records) == 1:
         axes.bar(
             epochs, high - low, bottom=low, width=0.25, color=SKY, alpha=0.45, label="smallest to largest"
@@ -166,79 +145,136 @@ def minor_label(value: float, _: int | None = None) -> str:
 
 
 def seconds(axes: Axes, records: Records) -> None:
-    axes.set_title("Time of an epoch")
-    names = list(dict.fromkeys(n for r in records for n in r.get("seconds", {}) if n != "total"))
-    parts = {name: np.nan_to_num(column(records, "seconds", name)) for name in names}
-    longest = np.max(sum(parts.values())) if parts else 0
+    parts = {name: np.nan_to_num(column(records, "seconds", name)) for name in phases(records)}
+    longest = np.max(sum(parts.values()))
     unit, scale = next(
         (u, s) for u, s in (("hours", 3600), ("minutes", 60), ("seconds", 1)) if longest >= 2 * s or s == 1
     )
     bottom = np.zeros(len(records))
-    width = 0.3 if len(records) == 1 else 0.8 if len(records) <= 40 else 1.0
+    width = 0.3 if len(records) == 1 else 0.8
     for (name, values), colour in zip(parts.items(), SERIES * len(parts)):
-        height = values / scale
-        axes.bar(epochs_of(records), height, width, bottom, color=colour, label=PHASES.get(name, name))
-        bottom += height
+        top, label = bottom + values / scale, PHASES.get(name, printable(name))
+        if len(records) <= 40:
+            axes.bar(epochs_of(records), top - bottom, width, bottom, color=colour, label=label)
+        else:
+            axes.fill_between(epochs_of(records), bottom, top, step="mid", color=colour, label=label, lw=0)
+        bottom = top
     axes.set_ylim(0, max(bottom.max(), 1e-3) * 1.3)  # the legend's room
     axes.set_ylabel(unit)
-    if parts:
-        axes.legend(ncols=2, loc="upper left")
+    axes.legend(ncols=2, loc="upper left")
 
 
-PANELS: dict[str, Panel] = {
-    "convnet-loss": convnet_loss,
-    "clustering-loss": clustering_loss,
-    "cluster-sizes": cluster_sizes,
-    "previous": with_previous,
-    "classes": with_classes,
-    "seconds": seconds,
-}
+def phases(records: Records) -> list[str]:
+    """What of an epoch has its seconds, in the order in which it first comes."""
+    found = [record["seconds"] for record in records if isinstance(record.get("seconds"), dict)]
+    names = dict.fromkeys(name for parts in found for name in parts if name != "total")
+    return [name for name in names if any(value(parts, name) is not None for parts in found)]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart. needs: paths of the numbers of which a record has to have one, so that it is drawn."""
+
+    name: str
+    title: str
+    draw: Callable[[Axes, Records], None]
+    needs: tuple[str, ...]
+
+    def is_in(self, records: Records) -> bool:
+        """Whether some epoch has what this panel shows."""
+        paths = [path.split("/") for path in self.needs]
+        return any(value(record, *path) is not None for record in records for path in paths)
+
+
+PANELS = (
+    Panel("loss", "Training loss", training_loss, ("loss",)),
+    Panel("clustering-loss", "Clustering loss", clustering_loss, ("clustering_loss",)),
+    Panel("cluster-sizes", "Sizes of the clusters", cluster_sizes, ("clusters/max",)),
+    # Figures 2b and 2a of the DeepCluster paper.
+    Panel(
+        "previous",
+        "Agreement with the previous epoch",
+        partial(agreement, what="previous"),
+        ("nmi_previous",),
+    ),
+    Panel("classes", "Agreement with the classes", partial(agreement, what="classes"), ("nmi_classes",)),
+    Panel(
+        "rotation",
+        "Accuracy of the rotation",
+        partial(share, name="rotation_accuracy"),
+        ("rotation_accuracy",),
+    ),
+    Panel("lr", "Learning rate", partial(plain, name="lr"), ("lr",)),
+)
+# Numbers that no panel of their own shows: places, ratios and figures that stand in the table.
+NOT_DRAWN = {
+    "epoch", "iteration", "loss_over_log_k", "pca_dims", "peak_memory_gib", "peak_gpu_memory_gib",
+    "ami_previous", "ami_classes",
+}  # fmt: skip
+MOST_OTHERS = 6
+
+
+def panels_of(records: Records) -> list[Panel]:
+    """The panels of which the log holds the numbers, those of other numbers, and the time at the end."""
+    found = [panel for panel in PANELS if panel.is_in(records)]
+    taken = NOT_DRAWN | {path.split("/")[0] for panel in PANELS for path in panel.needs}
+    names = dict.fromkeys(name for record in records for name in record if name not in taken)
+    others = [name for name in names if any(value(record, name) is not None for record in records)]
+    for i, name in enumerate(others[:MOST_OTHERS]):
+        title = printable(name).replace("_", " ").capitalize()
+        found.append(Panel(f"other-{i}", title, partial(plain, name=name), (name,)))
+    if phases(records):
+        found.append(Panel("seconds", "Time of an epoch", seconds, ()))
+    return found
 
 
 def draw(axes: Axes, panel: Panel, records: Records) -> None:
     """One panel, over the epochs as whole numbers."""
-    panel(axes, records)
+    axes.set_title(panel.title, parse_math=False)
+    panel.draw(axes, records)
     epochs = epochs_of(records)
     axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
-    if len(axes.lines) or len(axes.patches):
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-        axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
 
 
 # ---------------------------------------------------------------------------------------- as files
 
 
 def to_png(file: IO[bytes], records: Records, title: str, text: str) -> None:
-    """All panels as one PNG of 1600 x 1050 pixels into `file`, title and lines of text above them."""
+    """All panels as one PNG of 1600 pixels' width into `file`, title and lines of text above them."""
+    panels = panels_of(records)
+    columns = 2 if len(panels) in (1, 2, 4) else 3
+    rows = max(math.ceil(len(panels) / columns), 1)
+    height = {1: 6.5, 2: 10.5}.get(rows, 1.9 + 4.3 * rows)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(16, 10.5), dpi=100, facecolor=PAPER)
-        rows = text.count("\n") + 1
-        top = 1 - (1.15 + 0.28 * rows) / 10.5
-        figure.text(0.03, 1 - 0.25 / 10.5, title, size=17, weight="bold", va="top", parse_math=False)
-        figure.text(0.03, 1 - 0.65 / 10.5, text, size=12, va="top", linespacing=1.4, parse_math=False)
+        figure = Figure(figsize=(16, height), dpi=100, facecolor=PAPER)
+        top = 1 - (1.15 + 0.28 * (text.count("\n") + 1)) / height
+        figure.text(0.03, 1 - 0.25 / height, title, size=17, weight="bold", va="top", parse_math=False)
+        figure.text(0.03, 1 - 0.65 / height, text, size=12, va="top", linespacing=1.4, parse_math=False)
         grid = figure.add_gridspec(
-            2, 3, left=0.055, right=0.98, bottom=0.06, top=top, hspace=0.32, wspace=0.24
-        )
-        for panel, cell in zip(PANELS.values(), grid):
+            rows, columns, left=0.055, right=0.98, bottom=0.63 / height, top=max(top, 0.5), hspace=0.32,
+            wspace=0.24,
+        )  # fmt: skip
+        for panel, cell in zip(panels, grid):
             draw(figure.add_subplot(cell), panel, records)
         figure.savefig(file, format="png", metadata={"Software": None})
 
 
-def to_svg(name: str, records: Records) -> str:
-    """Panel `name` as an SVG element: its colours are variables of the page, its ids start with `name`."""
-    style = STYLE | {"svg.hashsalt": name, "savefig.transparent": True}
+def to_svg(panel: Panel, records: Records) -> str:
+    """A panel as an SVG element: its colours are variables of the page, its ids start with its name."""
+    style = STYLE | {"svg.hashsalt": panel.name, "savefig.transparent": True}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5, 3.3), layout="constrained")
-        axes = figure.subplots()
-        draw(axes, PANELS[name], records)
+        draw(figure.subplots(), panel, records)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub(r'\bid="', f'id="{panel.name}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{panel.name}-", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     svg = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{axes.get_title(loc="left")}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(panel.title)}"', 1)

@@ -12,54 +12,64 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import evaluation
-import util
-from models import DeepClusterNet
-from util import UserError
-from visu import sheet
 
-GRIDS_GAP = 16  # pixels between the grids
+from commandline import Parser, add_exp, add_model, at_least
 
 
-def get_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="filters.py", description="The filters of the first layer, as pictures."
-    )
-    parser.add_argument("--model", required=True, metavar="MODEL", help="checkpoint of the network")
-    parser.add_argument("--exp", default="exp", metavar="EXP", help="folder of filters.png (default: exp)")
+def get_parser() -> Parser:
+    """The flags of filters.py; those that scripts share are in commandline.py."""
+    parser = Parser(__doc__)
+    add_model(parser)
+    add_exp(parser, "filters.png")
     parser.add_argument(
         "--out", metavar="FILE", help="the file to write instead, .png (default: EXP/filters.png)"
     )
     parser.add_argument(
-        "--scale", type=int, metavar="N", help="pixels a weight (default: so that a filter has about 44)"
+        "--scale",
+        type=at_least(1),
+        metavar="N",
+        help="pixels a weight (default: so that a filter has about 44)",
     )
     return parser
 
 
+if __name__ == "__main__":
+    ARGS = get_parser().parse_args()  # before the imports that take seconds
+
+import torch
+from PIL import Image
+from torch import nn
+
+import util
+from models import weights
+from models.network import Network
+from util import UserError
+from visu import sheet
+from visu.layers import first_conv
+
+GRIDS_GAP = 16  # pixels between the grids
+
+
 def main(args: argparse.Namespace) -> Path:
-    if args.scale is not None and args.scale < 1:
-        raise UserError(f"--scale {args.scale}: must be at least 1")
     path = Path(args.out or Path(args.exp) / "filters.png")
     if path.suffix.lower() != ".png":
         raise UserError(f"--out {path}: must end in .png")
-    net = evaluation.open_network(args.model, ["conv1"])
+    net = weights.load(args.model)
+    conv = first_conv(net)
+    if not conv.weight.isfinite().all():
+        raise UserError(f"{args.model}: weights of the first layer are not finite, the network has diverged")
     util.make_folder(path.parent)
-    kernel = first_conv(net).kernel_size[0]
-    grids = filter_grids(net, args.scale or max(1, round(44 / kernel)))
+    grids = filter_grids(net, args.scale or max(1, round(44 / conv.kernel_size[0])))
     sheet.save_picture(beside(grids), path)
-    print(f"{first_conv(net).out_channels} filters of {net.arch}'s first layer in {path}")
+    util.say(f"{conv.out_channels} filters of {net.arch}'s first layer in {path}")
     return path
 
 
 # ------------------------------------------------------------------------------- weights -> pictures
 
 
-def filter_grids(net: DeepClusterNet, scale: int) -> list[Image.Image]:
+def filter_grids(net: Network, scale: int) -> list[Image.Image]:
     """The grids of a network: one in colour, or three in grey where Sobel stands in front."""
     weights = first_conv(net).weight.detach().cpu()  # (filters, 3 or 2, k, k)
     if net.sobel is None:
@@ -71,11 +81,6 @@ def filter_grids(net: DeepClusterNet, scale: int) -> list[Image.Image]:
         grid(parts[:, 1:], scale, "vertical gradient"),
         grid(to_pictures(together), scale, "on the grey image"),
     ]
-
-
-def first_conv(net: DeepClusterNet) -> nn.Conv2d:
-    """The first convolution after Sobel, if there is one."""
-    return next(layer for layer in net.features if isinstance(layer, nn.Conv2d))
 
 
 def compose(weights: torch.Tensor, sobel: torch.Tensor) -> torch.Tensor:
@@ -115,4 +120,4 @@ def beside(grids: list[Image.Image]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser().parse_args())
+    util.run_main(main, ARGS)

@@ -17,7 +17,10 @@ MODEL=${MODEL:-$root/exp/checkpoint.pth.tar}
 ARCH=${ARCH:-} # empty: what the checkpoint says
 EXP=${EXP:-$root/exp}
 CONV=${CONV:-1}
+LAYER=${LAYER:-} # instead of CONV: any map, such as layer3 of a ResNet
 
+map=(--conv "$CONV")
+[[ -n $LAYER ]] && map=(--layer "$LAYER")
 # shellcheck source=../env.sh
 . "$root/env.sh" requirements.txt
-run "$PY" "$root/visu/gradient_ascent.py" --model "$MODEL" ${ARCH:+--arch "$ARCH"} --exp "$EXP" --conv "$CONV" "$@"
+run "$PY" "$root/visu/gradient_ascent.py" --model "$MODEL" ${ARCH:+--arch "$ARCH"} --exp "$EXP" "${map[@]}" "$@"

@@ -1,23 +1,49 @@
-"""What the HTML pages share."""
+"""What the HTML pages share: a run's settings, text for people, templates."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from util import UserError
 
+# What config.json holds, where it holds it.
+SHAPE = {"method": str, "args": dict, "images": dict, "device": str, "versions": dict, "command": list}
+
 
 def read_config(exp: str | Path) -> dict[str, Any] | None:
-    """EXP/config.json as main.py wrote it; None if there is none. Raises UserError if it is damaged."""
+    """EXP/config.json as a run wrote it; None if there is none.
+
+    Raises UserError if it is damaged, or is not what a run writes.
+    """
     path = Path(exp) / "config.json"
+    if not path.is_file():
+        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:
+        config = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: not valid JSON") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not the settings of a run")
+    for name, kind in SHAPE.items():
+        if name in config and not isinstance(config[name], kind):
+            raise UserError(f"{path}: not the settings of a run ({name} is of another kind)")
+    return config
 
 
 def printable(text: str) -> str:
     """Text for people: bytes of a file name that are no UTF-8, and control characters, as \\x.."""
-    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    try:
+        raw = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a pair that no file name has
+        raw = text.encode("utf-8", "surrogatepass")
+    text = raw.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def fill(template: Path, parts: dict[str, str]) -> str:
+    """The template with each {{name}} replaced; a part may itself hold {{...}}."""
+    page, *pieces = template.read_text(encoding="utf-8").split("{{")
+    for piece in pieces:
+        name, after = piece.split("}}", 1)
+        page += parts[name] + after
+    return page

@@ -7,8 +7,7 @@ from data import ImageList
 from training.labels import PseudoLabels
 from training.run import Run
 from util import Log, UserError
-from visu.clusters import write_gallery
-from visu.report import write_report
+from visu import gallery, report
 
 
 def finish(run: Run, images: ImageList, labels: PseudoLabels) -> None:
@@ -22,12 +21,12 @@ def write_pictures(exp: Path, images: ImageList, labels: PseudoLabels, seed: int
     """EXP/clusters.html, EXP/report.html and EXP/report.png; a failure there does not undo the training."""
     found = labels.assignments[0]
     try:
-        write_gallery(
+        gallery.write_gallery(
             images, found.labels, found.distances, exp / "clusters.html", num_clusters=found.num_clusters,
             seed=seed, name=exp.resolve().name, log=log,
         )  # fmt: skip
         log(f"gallery of the clusters: {exp}/clusters.html")
-        png, page = write_report(exp)
+        png, page = report.write_report(exp)
         log(f"report: {page}, {png}")
-    except UserError as error:
+    except (UserError, OSError) as error:
         log(f"no report: {error}")

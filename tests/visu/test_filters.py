@@ -1,6 +1,5 @@
 """First-layer filters: the pixels of the grids, and the filter that acts on the grey image."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +8,10 @@ import torch
 from PIL import Image
 
 import checkpoint
+from models.weights import load
 from tests import tiny
-from util import UserError
+from tests.helpers import refuses
 from visu import filters
-
-
-@pytest.fixture(autouse=True)
-def _tiny():
-    tiny.register()
 
 
 def saved(folder: Path, sobel: bool) -> Path:
@@ -35,7 +30,7 @@ def run(model: Path, *flags: str) -> np.ndarray:
 def test_colour_filters_stand_in_order_zero_is_grey_and_the_largest_weight_is_extreme(tmp_path):
     path = saved(tmp_path, sobel=False)
     picture = run(path, "--scale", "2")
-    weights = checkpoint.load_model(path).features[0].weight.detach().numpy()  # (8, 3, 5, 5)
+    weights = load(path).features[0].weight.detach().numpy()  # (8, 3, 5, 5)
     top = picture.shape[0] - 3 * (10 + 2)  # under the title: three rows of tiles of 10 pixels, gap 2
     for i, filter_ in enumerate(weights):
         y, x = top + i // 3 * 12, 2 + i % 3 * 12
@@ -61,7 +56,7 @@ def test_composed_filter_equals_sobel_then_filter_away_from_the_border():
 
 def test_sobel_net_shows_both_gradients_and_the_composed_filter(tmp_path):
     path = saved(tmp_path, sobel=True)
-    net = checkpoint.load_model(path)
+    net = load(path)
     grids = filters.filter_grids(net, scale=1)
     weights = net.features[0].weight.detach().numpy()
     for channel, grid in enumerate(grids[:2]):
@@ -81,13 +76,37 @@ def test_out_names_the_file(tmp_path):
     assert (tmp_path / "deep" / "x.png").is_file()
 
 
-@pytest.mark.parametrize("flags", [("--out", "x.gif"), ("--scale", "0")])
-def test_mistakes_are_one_line(tmp_path, flags):
-    args = filters.get_parser().parse_args(["--model", str(saved(tmp_path, sobel=False)), *flags])
-    with pytest.raises(UserError, match=flags[0]):
-        filters.main(args)
+@pytest.mark.parametrize(
+    ("arch", "width"),
+    [("resnet50", 7), ("resnet18s", 3), ("vgg16", 3), ("alexnet", 11), ("toy", 3), ("toy:sobel", 3)],
+)
+def test_every_network_has_a_first_layer(tmp_path, arch, width):
+    run(tmp_path / "x", "--scale", "1", "--model", f"random:{arch}")
+    conv = filters.first_conv(load(f"random:{arch}"))
+    assert conv.kernel_size == (width, width) and conv.in_channels == (2 if "sobel" in arch else 3)
 
 
-def test_missing_model_is_named():
-    with pytest.raises(UserError, match=r"nowhere\.pth: no such"):
-        filters.main(argparse.Namespace(model="nowhere.pth", exp="exp", out=None, scale=None))
+@pytest.mark.parametrize(
+    ("flags", "words"), [(("--out", "x.gif"), r"--out x\.gif"), (("--scale", "0"), "--scale: 0")]
+)
+def test_mistakes_are_one_line(tmp_path, flags, words):
+    with refuses(words):
+        run(saved(tmp_path, sobel=False), *flags)
+
+
+def test_missing_model_is_named(tmp_path):
+    with refuses(r"nowhere\.pth: no such"):
+        run(tmp_path / "nowhere.pth")
+    with refuses("--model"):
+        filters.get_parser().parse_args([])
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    path = saved(tmp_path, sobel=False)
+    net = load(path)
+    with torch.no_grad():
+        net.features[0].weight[0, 0] = float("nan")
+    checkpoint.save(path, {"arch": "tiny", "state_dict": net.state_dict()})
+    with refuses("not finite"):
+        run(path)
+    assert not (tmp_path / "exp").exists()

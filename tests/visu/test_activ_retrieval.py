@@ -9,14 +9,11 @@ from PIL import Image
 
 import checkpoint
 import data
+from models.weights import load
 from tests import tiny
-from util import UserError
+from tests.helpers import refuses
+from tools import make_shards
 from visu import activ_retrieval
-
-
-@pytest.fixture(autouse=True)
-def _tiny():
-    tiny.register()
 
 
 @pytest.fixture
@@ -49,7 +46,7 @@ def run(model: Path, images: Path, *flags: str) -> tuple[activ_retrieval.TopImag
 
 def brute_force(model: Path, folder: Path, conv: int) -> np.ndarray:
     """Mean activation of every image, one at a time, in the order of the list: (images, filters)."""
-    net, images = checkpoint.load_model(model), data.list_images(folder)
+    net, images = load(model), data.list_images(folder)
     rows = []
     with torch.no_grad():
         for i in range(len(images)):
@@ -99,18 +96,54 @@ def test_fewer_images_than_count_gives_all_of_them(tmp_path, model):
 
 def test_broken_images_are_left_out_and_named(tmp_path, model, capsys):
     folder = photos(tmp_path / "images", count=8)
+    whole = (folder / "class1" / "03.png").read_bytes()
     (folder / "class0" / "00.png").write_bytes(b"not an image")
-    top, _ = run(model, folder, "--count", 8, "--batch", 3)
-    assert "left out" in (out := capsys.readouterr().out) and "00.png: not an image" in out
-    broken = next(i for i, path in enumerate(data.list_images(folder).paths) if path.endswith("/00.png"))
-    assert top.images.shape == (12, 7) and broken not in top.images
+    (folder / "class1" / "03.png").write_bytes(whole[: len(whole) // 2])  # its header is good
+    top, exp = run(model, folder, "--count", 8, "--batch", 3)
+    out = capsys.readouterr().out
+    assert "left out 1 of 8 images" in out and "left out" in out and "03.png: " in out
+    assert "00.png\tnot an image" in (exp / "conv2" / "bad_images.txt").read_text()
+    assert top.images.shape == (12, 6)
+    copies = {path.name[2:] for path in (exp / "conv2" / "layer2-channel0").iterdir()}
+    assert copies == {f"{i:02d}.png" for i in (1, 2, 4, 5, 6, 7)}
 
 
 def test_only_broken_images_is_a_users_error(tmp_path, model):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_bytes(b"no")
-    with pytest.raises(UserError, match="none of the 1 images"):
+    with refuses("none of its images"):
         run(model, tmp_path / "images")
+
+
+def test_shards_give_what_their_folder_gives(tmp_path, model):
+    folder = photos(tmp_path / "images")
+    arguments = [str(folder), str(tmp_path / "s-%02d.tar"), "--size-mb", "0.02"]
+    make_shards.main(make_shards.get_parser().parse_args(arguments))
+    expected, exp = run(model, folder, "--count", 3)
+    names = sorted(path.name for path in (exp / "conv2" / "layer2-channel5").iterdir())
+    command = ["--model", model, "--shards", tmp_path / "s-*.tar", "--conv", "2", "--exp", tmp_path / "other"]
+    command += ["--image-size", "32", "--workers", "0", "--device", "cpu", "--count", "3"]
+    found = activ_retrieval.main(activ_retrieval.get_parser().parse_args(list(map(str, command))))
+    assert torch.equal(found.images, expected.images) and torch.equal(found.values, expected.values)
+    copies = tmp_path / "other" / "conv2" / "layer2-channel5"
+    assert sorted(path.name for path in copies.iterdir()) == names
+    for name in names:
+        assert (copies / name).read_bytes() == (exp / "conv2" / "layer2-channel5" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arch", "flags", "where"),
+    [
+        ("resnet18", ("--layer", "layer2"), "layer2/layer2-channel127"),
+        ("toy", ("--layer", "b"), "b/layerb-channel19"),
+    ],
+)
+def test_every_network_has_its_images(tmp_path, arch, flags, where):
+    folder = photos(tmp_path / "images", count=4)
+    run_of = ["--model", f"random:{arch}", "--data", folder, "--exp", tmp_path / "e", "--count", 2, *flags]
+    run_of += ["--image-size", 32, "--workers", 0, "--device", "cpu"]
+    activ_retrieval.main(activ_retrieval.get_parser().parse_args(list(map(str, run_of))))
+    assert len(list((tmp_path / "e" / where).iterdir())) == 2
 
 
 def test_sheet_shows_the_images_in_rows_of_filters_in_pages(tmp_path, model, monkeypatch):
@@ -137,8 +170,13 @@ def test_a_second_run_leaves_nothing_of_the_first(tmp_path, model):
 
 @pytest.mark.parametrize(
     "flags, words",
-    [(("--conv", "3"), "no layer conv3"), (("--count", "0"), "--count 0"), (("--conv", "0"), "--conv")],
+    [
+        (("--conv", "3"), "--conv 3: tiny has the maps conv1, conv2"),
+        (("--count", "0"), "--count: 0"),
+        (("--conv", "0"), "--conv: 0"),
+        (("--shards", "x.tar"), "not allowed with"),
+    ],
 )
 def test_mistakes_are_one_line(tmp_path, model, flags, words):
-    with pytest.raises(UserError, match=words):
+    with refuses(words):
         run(model, photos(tmp_path / "images", count=2), *flags)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from tests import browser
-from tests.test_visu_clusters import ODD_NAMES, Noise, make_folder
-from tests.test_visu_report import config, record, write_run
-from visu import clusters, report
+from tests.visu.test_gallery import ODD_NAMES, Noise, make_folder
+from tests.visu.test_report import config, record, write_run
+from visu import report, thumbnails
+from visu.gallery import write_gallery
 
 # Cluster -> distances of its images. Classes: a third of them "cat", the rest "dog".
 SIZES = {0: 4, 1: 40, 2: 1, 5: 12}
@@ -27,7 +28,7 @@ def gallery(tmp_path_factory):
     names = [f"{'cat' if i % 3 == 0 else 'dog'}/IMG_{i:03d}.png" for i in range(sum(SIZES.values()))]
     images = make_folder(folder / "images", names + [f"odd/{name}" for name in ODD_NAMES], side=(64, 48))
     distances = np.where(labels == 5, 0.1, 0.5) + np.arange(len(labels)) / 1000
-    clusters.write_gallery(images, labels, distances, folder / "clusters.html", num_clusters=9, name="test")
+    write_gallery(images, labels, distances, folder / "clusters.html", num_clusters=9, name="test")
     return folder / "clusters.html"
 
 
@@ -211,7 +212,7 @@ def test_arrows_walk_down_the_columns(page):
 def test_long_names_do_not_widen_a_phone(driver, tmp_path):
     images = make_folder(tmp_path / "images", [f"{'class' * 40}/{'name' * 50}.png", "other/x.png"])
     name = "run" * 60
-    out = clusters.write_gallery(images, np.array([0, 0]), np.arange(2.0), tmp_path / "g.html", name=name)
+    out = write_gallery(images, np.array([0, 0]), np.arange(2.0), tmp_path / "g.html", name=name)
     browser.resize(driver, 360, 740)
     driver.get(out.as_uri())
     assert not scrolls_sideways(driver)
@@ -289,9 +290,9 @@ def test_page_works_where_the_originals_are_gone(driver, gallery, tmp_path):
 
 
 def test_thousands_of_clusters_are_drawn_as_one_reads(driver, tmp_path, monkeypatch):
-    monkeypatch.setattr(clusters, "THUMBNAILS_PER_MB", 15)
+    monkeypatch.setattr(thumbnails, "THUMBNAILS_PER_MB", 15)
     images = Noise([f"{i:05d}.jpg" for i in range(6000)], side=8)
-    out = clusters.write_gallery(images, np.arange(6000) % 3000, np.zeros(6000), tmp_path / "g.html")
+    out = write_gallery(images, np.arange(6000) % 3000, np.zeros(6000), tmp_path / "g.html")
     browser.resize(driver, 1280, 900)
     driver.get(out.as_uri())
     sections = "return document.querySelectorAll('.cluster').length"

@@ -1,12 +1,13 @@
+"""The gallery's page: numbers, order, thumbnails, budget, awkward names."""
+
 import base64
 import io
 import json
 import os
 from html.parser import HTMLParser
-from types import SimpleNamespace
+from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
-import logbook
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,7 @@ from PIL import Image
 
 import data
 from util import UserError
-from visu import clusters
+from visu import gallery, thumbnails
 
 # Names that break pages, CSV files and URLs; the last is no UTF-8. "</script>" is a folder "<" with a file.
 ODD_NAMES = [
@@ -77,7 +78,7 @@ class Noise(data.ImageList):
     """Images that exist nowhere and compress badly; counts how many were decoded."""
 
     def __init__(self, names, side=64):
-        super().__init__(data.Path("nowhere"), names, *data.classes_of(names))
+        super().__init__(Path("nowhere"), names, *data.classes_of(names))
         self.side, self.decoded = side, 0
 
     def decode(self, i):
@@ -94,7 +95,7 @@ def test_sizes_order_spread_and_purity_by_hand(tmp_path):
     images = make_folder(tmp_path / "images", names)
     labels = np.array([4, 4, 1, 4, 1, 4])
     distances = np.array([0.5, 0.1, 0.3, 0.9, 0.2, 0.7], np.float32)
-    page = page_of(clusters.write_gallery(images, labels, distances, tmp_path / "g.html", num_clusters=7))
+    page = page_of(gallery.write_gallery(images, labels, distances, tmp_path / "g.html", num_clusters=7))
     first, second = page["clusters"]
     assert (first["id"], first["size"], second["id"], second["size"]) == (1, 2, 4, 4)
     assert first["names"] == ["dog/4.png", "cat/2.png"]
@@ -112,9 +113,7 @@ def test_sizes_order_spread_and_purity_by_hand(tmp_path):
 def test_thumbnails_show_the_right_images_in_the_right_size(tmp_path):
     images = make_folder(tmp_path / "images", [f"{i}.png" for i in range(9)], side=(96, 48))
     labels = np.array([0, 1, 2] * 3)
-    page = page_of(
-        clusters.write_gallery(images, labels, np.arange(9.0)[::-1], tmp_path / "g.html", thumb=32)
-    )
+    page = page_of(gallery.write_gallery(images, labels, np.arange(9.0)[::-1], tmp_path / "g.html", thumb=32))
     for cluster in page["clusters"]:
         assert len(cluster["thumbs"]) == 3
         for name, thumb in zip(cluster["names"], cluster["thumbs"]):
@@ -130,7 +129,7 @@ def test_random_images_are_a_sample_fixed_by_the_seed(tmp_path):
     distances = np.arange(2000.0)
 
     def random(seed):
-        clusters.write_gallery(images, labels, distances, tmp_path / "g.html", max_mb=1, seed=seed)
+        gallery.write_gallery(images, labels, distances, tmp_path / "g.html", max_mb=1, seed=seed)
         (cluster,) = page_of(tmp_path / "g.html")["clusters"]
         assert cluster["near"] == list(range(len(cluster["near"])))  # without a gap from the nearest on
         return cluster["random"]
@@ -143,7 +142,7 @@ def test_random_images_are_a_sample_fixed_by_the_seed(tmp_path):
 
 def test_without_distances_the_order_of_the_images_stands(tmp_path):
     images = make_folder(tmp_path / "images", ["b.png", "a.png", "c.png"])
-    page = page_of(clusters.write_gallery(images, np.array([0, 0, 0]), None, tmp_path / "g.html"))
+    page = page_of(gallery.write_gallery(images, np.array([0, 0, 0]), None, tmp_path / "g.html"))
     (cluster,) = page["clusters"]
     assert cluster["names"] == ["b.png", "a.png", "c.png"]
     assert cluster["spread"] is None and cluster["distances"] is None and not page["hasDistances"]
@@ -158,21 +157,21 @@ def test_page_of_ten_thousand_images_keeps_its_budget(tmp_path):
     images = Noise([f"class{i % 10}/picture {i:05d}.jpg" for i in range(n)])
     rng = np.random.default_rng(0)
     labels = rng.integers(0, k, n)
-    out = clusters.write_gallery(images, labels, rng.random(n), tmp_path / "g.html", max_mb=5)
+    out = gallery.write_gallery(images, labels, rng.random(n), tmp_path / "g.html", max_mb=5)
     assert 4.5e6 < out.stat().st_size <= 5e6  # used, and not exceeded
     page = page_of(out)
     assert sorted(name for c in page["clusters"] for name in c["names"]) == sorted(images.paths)
     shown = [sum(map(bool, c["thumbs"])) for c in page["clusters"]]
     assert min(shown) >= max(shown) - 2 > 1  # shared evenly
     assert all(c["thumbs"][0] for c in page["clusters"])  # the nearest of every cluster
-    assert images.decoded < sum(shown) + 2 * clusters.BLOCK
+    assert images.decoded < sum(shown) + 2 * thumbnails.BLOCK
     assert f"{sum(shown):,} of them are shown" in " ".join(page["notes"])
 
 
 def test_names_of_a_large_run_are_left_out_when_they_do_not_fit(tmp_path):
     n = 20_000
     images = Noise([f"n{i % 100:08d}/n{i % 100:08d}_{i:06d}.JPEG" for i in range(n)])
-    out = clusters.write_gallery(
+    out = gallery.write_gallery(
         images, np.arange(n) % 500, np.arange(n) / n, tmp_path / "g.html", max_mb=2, thumb=24
     )
     assert out.stat().st_size <= 2e6
@@ -186,19 +185,19 @@ def test_names_of_a_large_run_are_left_out_when_they_do_not_fit(tmp_path):
 
 
 def test_no_more_than_so_many_images_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(clusters, "THUMBNAILS_PER_MB", 6)
+    monkeypatch.setattr(thumbnails, "THUMBNAILS_PER_MB", 6)
     images = Noise([f"{i}.jpg" for i in range(5000)], side=8)
     page = page_of(
-        clusters.write_gallery(images, np.arange(5000) % 7, np.zeros(5000), tmp_path / "g.html", max_mb=50)
+        gallery.write_gallery(images, np.arange(5000) % 7, np.zeros(5000), tmp_path / "g.html", max_mb=50)
     )
     assert sum(bool(t) for c in page["clusters"] for t in c["thumbs"]) == 300
-    assert images.decoded < 300 + clusters.BLOCK
+    assert images.decoded < 300 + thumbnails.BLOCK
 
 
 def test_more_clusters_than_thumbnails(tmp_path, monkeypatch):
-    monkeypatch.setattr(clusters, "THUMBNAILS_PER_MB", 5)
+    monkeypatch.setattr(thumbnails, "THUMBNAILS_PER_MB", 5)
     images = Noise([f"{i}.jpg" for i in range(600)], side=8)
-    page = page_of(clusters.write_gallery(images, np.arange(600) % 400, np.zeros(600), tmp_path / "g.html"))
+    page = page_of(gallery.write_gallery(images, np.arange(600) % 400, np.zeros(600), tmp_path / "g.html"))
     assert len(page["clusters"]) == 400
     with_picture = [c["id"] for c in page["clusters"] if any(c["thumbs"])]
     assert len(with_picture) == 100 and max(with_picture) < 200  # the largest clusters: those of two images
@@ -209,13 +208,13 @@ def test_too_small_a_budget_is_refused_and_leaves_the_old_page(tmp_path):
     (tmp_path / "g.html").write_text("old")
     images = Noise([f"{i}.jpg" for i in range(50)])
     with pytest.raises(UserError, match="give more"):
-        clusters.write_gallery(images, np.arange(50), None, tmp_path / "g.html", max_mb=0.01)
+        gallery.write_gallery(images, np.arange(50), None, tmp_path / "g.html", max_mb=0.01)
     assert [p.name for p in tmp_path.iterdir()] == ["g.html"] and (tmp_path / "g.html").read_text() == "old"
 
 
 @pytest.mark.parametrize(("n", "k", "side"), [(4000, 100, 160), (10**6, 300, 96), (10**6, 10_000, 64)])
 def test_default_side_shrinks_with_the_number_of_clusters(n, k, side):
-    assert clusters.choose_side(n, k, 20e6) == side
+    assert thumbnails.choose_side(n, k, 20e6) == side
 
 
 # ---------------------------------------------------------------------------------------- awkward input
@@ -224,7 +223,7 @@ def test_default_side_shrinks_with_the_number_of_clusters(n, k, side):
 def test_odd_file_names_survive_and_break_nothing(tmp_path):
     root = tmp_path / 'im"ages <1>'
     images = make_folder(root, ODD_NAMES)
-    out = clusters.write_gallery(
+    out = gallery.write_gallery(
         images, np.zeros(len(ODD_NAMES), np.int64), np.arange(8.0), tmp_path / "g.html", name="<b>run"
     )
     page = page_of(out)  # asserts that there are exactly two scripts
@@ -238,11 +237,11 @@ def test_links_lead_to_the_originals(tmp_path):
     root = tmp_path / "a b%20#" / "images"
     images = make_folder(root, ["x/1.png", "y/2.png"])
     (tmp_path / "exp").mkdir()
-    out = clusters.write_gallery(images, np.array([0, 0]), None, tmp_path / "exp" / "g.html")
+    out = gallery.write_gallery(images, np.array([0, 0]), None, tmp_path / "exp" / "g.html")
     base = page_of(out)["base"]
     assert base.startswith("./") and "#" not in base and " " not in base
     assert os.path.samefile(os.path.join(os.fsencode(out.parent), unquote_to_bytes(base)), root)
-    page = page_of(clusters.write_gallery(Noise(["a.jpg"]), np.array([0]), None, tmp_path / "h.html"))
+    page = page_of(gallery.write_gallery(Noise(["a.jpg"]), np.array([0]), None, tmp_path / "h.html"))
     assert page["base"] is None  # no files (shards, say): no links
 
 
@@ -251,7 +250,7 @@ def test_undecodable_images_are_skipped_and_counted(tmp_path):
     images.path(0).write_bytes(b"no image")
     images.path(3).unlink()
     page = page_of(
-        clusters.write_gallery(images, np.array([0, 0, 0, 1, 1]), np.arange(5.0), tmp_path / "g.html")
+        gallery.write_gallery(images, np.array([0, 0, 0, 1, 1]), np.arange(5.0), tmp_path / "g.html")
     )
     first, second = page["clusters"]
     assert (first["size"], first["near"], second["near"]) == (3, [1, 2], [1])
@@ -261,106 +260,9 @@ def test_undecodable_images_are_skipped_and_counted(tmp_path):
 
 def test_nothing_decodable_and_a_single_image(tmp_path):
     images = make_folder(tmp_path / "images", ["only.png"])
-    page = page_of(clusters.write_gallery(images, np.array([3]), np.array([0.0]), tmp_path / "g.html"))
+    page = page_of(gallery.write_gallery(images, np.array([3]), np.array([0.0]), tmp_path / "g.html"))
     assert page["clusters"][0]["near"] == [0] and page["clusters"][0]["id"] == 3
     assert "1 image in 1 cluster." in page["notes"][0] and "3 more clusters are empty." in page["notes"][1]
     images.path(0).write_bytes(b"")
-    page = page_of(clusters.write_gallery(images, np.array([0]), np.array([np.nan]), tmp_path / "g.html"))
+    page = page_of(gallery.write_gallery(images, np.array([0]), np.array([np.nan]), tmp_path / "g.html"))
     assert page["clusters"][0]["near"] == [] and page["clusters"][0]["distances"] == [None]
-
-
-# ---------------------------------------------------------------------------------------- the command
-
-
-def arguments(**changes):
-    defaults = {"exp": None, "csv": None, "data": None, "out": None, "thumb": None, "max_mb": 20, "seed": 31}
-    return SimpleNamespace(**defaults | changes)
-
-
-def make_run(tmp_path, names=("u/0.png", "u/1.png", "v/2.png")):
-    images, exp = make_folder(tmp_path / "images", list(names)), tmp_path / "exp"
-    exp.mkdir()
-    labels, distances = np.arange(len(names)) % 2, np.linspace(0.9, 0.1, len(names))
-    logbook.write_assignments(exp / "assignments.csv", list(names), labels, distances)
-    config = {"args": {"dir": str(tmp_path / "images"), "clustering": "Kmeans", "nmb_cluster": 5}}
-    (exp / "config.json").write_text(json.dumps(config))
-    return exp, images
-
-
-def test_gallery_of_a_run_and_of_its_csv_file_are_the_same(tmp_path):
-    exp, images = make_run(tmp_path)
-    of_run = page_of(clusters.main(arguments(exp=str(exp))))
-    assert (exp / "clusters.html").is_file()
-    assert of_run["clusters"][0]["names"] == ["v/2.png", "u/0.png"]
-    assert "3 more clusters are empty" in " ".join(of_run["notes"])  # k is 5
-    csv = tmp_path / "bare.csv"
-    lines = (exp / "assignments.csv").read_text().splitlines()[1:]  # no header
-    csv.write_text("\n".join(lines))
-    of_csv = page_of(clusters.main(arguments(csv=str(csv), data=str(images.root))))
-    assert (tmp_path / "bare.html").is_file() and of_csv["clusters"] == of_run["clusters"]
-
-
-def test_text_file_of_paths_may_name_the_images_in_another_order(tmp_path):
-    exp, images = make_run(tmp_path)
-    listing = tmp_path / "list.txt"
-    listing.write_text("".join(f"{images.path(i)}\n" for i in (2, 0, 1)))
-    of_list = page_of(clusters.main(arguments(exp=str(exp), data=str(listing))))
-    of_folder = page_of(clusters.main(arguments(exp=str(exp))))
-    assert of_list["clusters"] == of_folder["clusters"]
-
-
-def test_csv_of_two_columns_and_names_with_line_breaks(tmp_path):
-    names = ["line\nbreak.png", 'q"uote,.png', "写真.png"]
-    logbook.write_assignments(tmp_path / "three.csv", names, np.array([2, 0, 1]), np.array([0.25, 0.5, 1]))
-    paths, labels, distances = clusters.read_assignments(tmp_path / "three.csv")
-    assert paths == names and labels.tolist() == [2, 0, 1] and distances.tolist() == [0.25, 0.5, 1]
-    (tmp_path / "two.csv").write_bytes(b"path,cluster\r\ncaf\xe9.png,7\r\n")
-    paths, labels, distances = clusters.read_assignments(tmp_path / "two.csv")
-    assert (os.fsencode(paths[0]), labels.tolist(), distances) == (b"caf\xe9.png", [7], None)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "no line"),
-        ("path,cluster\n", "no line"),
-        ("path,cluster\na.png,1\nb.png\n", "line 3: expected path,cluster"),
-        ("a.png,1,0.5\nb.png,2,x\n", "line 2: expected path,cluster,distance"),
-        ("a.png,-1\n", "line 1"),
-        ("a.png,1\nb.png,1e3\n", "line 2"),
-    ],
-)
-def test_bad_csv_files_are_refused_with_the_line(tmp_path, text, message):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(UserError, match=message):
-        clusters.read_assignments(tmp_path / "a.csv")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({}, "either --exp"),
-        ({"exp": "a", "csv": "b"}, "either --exp"),
-        ({"csv": "b"}, "--data"),
-        ({"exp": "a", "thumb": 4}, "--thumb 4"),
-        ({"exp": "a", "max_mb": float("nan")}, "--max-mb"),
-        ({"exp": "a", "seed": -1}, "--seed -1"),
-        ({"exp": "nowhere"}, "config.json is missing"),
-        ({"csv": "nowhere.csv", "data": "."}, "cannot read nowhere.csv"),
-    ],
-)
-def test_mistakes_are_told_in_one_line(changes, message):
-    with pytest.raises(UserError, match=message) as error:
-        clusters.main(arguments(**changes))
-    assert "\n" not in str(error.value)
-
-
-def test_images_that_lie_elsewhere_are_told(tmp_path):
-    exp, _ = make_run(tmp_path)
-    with pytest.raises(UserError, match="say where with --data"):
-        clusters.main(arguments(exp=str(exp), data=str(exp)))
-    (tmp_path / "images" / "u" / "1.png").unlink()
-    listing = tmp_path / "list.txt"
-    listing.write_text("images/u/0.png\nimages/v/2.png\n")
-    with pytest.raises(UserError, match="1 images are not there"):
-        clusters.main(arguments(exp=str(exp), data=str(listing)))
