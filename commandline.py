@@ -35,7 +35,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """The docstring as it stands, and the default of every flag that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS) or action.nargs == 0:
+        if action.default is None or action.default == argparse.SUPPRESS or action.nargs == 0:
             return action.help
         return super()._get_help_string(action)
 

@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
         images, net, view = multicrop.open_run(run, args.nmb_prototypes)
         check_enough(len(images), args.nmb_prototypes)
         steps = len(images) // run.batch
-        optimizer, schedule = multicrop.optimizer_and_schedule(args, net, steps)
+        optimizer, schedule = multicrop.optimizer_and_schedule(run, net, steps)
         bank = Bank(len(images), len(args.crops_for_assign), args.feat_dim)
         labels = PseudoLabels(run.exp, images, run.log, vars(args), run.origin)
         run.keep(images=images, net=net, optimizer=optimizer, bank=bank, labels=labels)

@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> None:
         counts = args.nmb_prototypes
         images, net, view = multicrop.open_run(run, counts[0] if len(counts) == 1 else counts)
         steps = len(images) // run.batch
-        optimizer, schedule = multicrop.optimizer_and_schedule(args, net, steps)
+        optimizer, schedule = multicrop.optimizer_and_schedule(run, net, steps)
         length = whole_batches(args.queue_length, run.batch)
         queue = Queue(length, run.batch, len(args.crops_for_assign), args.feat_dim, run.device)
         use = multicrop.PrototypeUse(counts[0], run.log)

@@ -137,7 +137,7 @@ def pretrained_vgg16() -> Network:
     """The convolutions of torchvision's VGG-16, trained with ImageNet's labels, up to the last ReLU."""
     found = VGG16_Weights.IMAGENET1K_V1
     try:
-        net = vgg16(weights=found, progress=False)
+        supervised = vgg16(weights=found, progress=False)
     except (OSError, RuntimeError, HTTPException) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -145,7 +145,7 @@ def pretrained_vgg16() -> Network:
             f"--model {PRETRAINED}: torchvision's VGG-16 cannot be had here ({reason}); "
             f"put {found.url} into {folder}, or give a checkpoint"
         ) from error
-    layers = net.features[:-1]  # without the last pooling
+    layers = supervised.features[:-1]  # without the last pooling
     last = "conv13"
     return Network(
         "torchvision's vgg16",

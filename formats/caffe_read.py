@@ -347,7 +347,8 @@ def _fill_convs(net: Network, units: list[Unit], mixing: np.ndarray, path: str |
 def _conv_blocks(net: Network) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, list[tuple[int, int]]]]:
     """(convolution, batch norm, [(kernel, stride) of the pool that follows]), in order."""
     blocks: list = []
-    for layer in net.features:
+    convolutions, _ = net.parts()
+    for layer in convolutions[0]:
         if isinstance(layer, nn.Conv2d):
             blocks.append([layer])
         elif isinstance(layer, nn.BatchNorm2d):
@@ -370,7 +371,8 @@ def _fill_norm(norm: nn.BatchNorm2d, unit: Unit) -> None:
 
 def _fill_linears(net: Network, units: list[Unit], path: str | Path) -> None:
     """Copy fc6, fc7 and the head; a batch norm behind one is folded into it."""
-    own = [layer for layer in net.classifier if isinstance(layer, nn.Linear)]
+    _, rest = net.parts()
+    own = [layer for layer in rest.modules() if isinstance(layer, nn.Linear)]
     own += [net.top_layer] if net.top_layer is not None else []
     if len(units) != len(own):
         raise UserError(f"{path}: has {len(units)} inner products; {net.arch} has 2, or 3 with a head")

@@ -6,7 +6,7 @@ from tests.helpers import ROOT
 
 LAYERS = (  # each imports what stands above it; scripts stand below all
     ("util", "commandline"),
-    ("checkpoint", "distributed"),
+    ("checkpoint", "distributed", "formats/safe_pickle.py", "formats/tensor_files.py"),  # how files are read
     ("data", "models", "algorithms"),
     ("features", "clustering"),
     ("training", "evaluation"),
@@ -27,8 +27,8 @@ def room_of(file: str) -> str:
 
 def layer_of(file: str) -> int:
     """0 is the ground; scripts and what is like them stand on top."""
-    room = room_of(file)
-    return next((i for i, rooms in enumerate(LAYERS) if room in rooms), len(LAYERS))
+    names = {room_of(file), file}
+    return next((i for i, rooms in enumerate(LAYERS) if names & set(rooms)), len(LAYERS))
 
 
 def module_of(name: str) -> str | None:
@@ -122,7 +122,7 @@ def test_no_function_is_longer_than_50_lines():
 
 def test_args_is_in_no_signature_but_at_the_edge():
     """Scripts take it apart; the engine and what writes a run's settings down record it whole."""
-    allowed = {("training/run.py", "__init__"), ("util.py", "run_main")}
+    allowed = {("commandline.py", "parse_args"), ("training/run.py", "__init__"), ("util.py", "run_main")}
     found = []
     for file, tree in TREES.items():
         if layer_of(file) == len(LAYERS):

@@ -1,6 +1,5 @@
 """What SwAV and DeepCluster-v2 have in common around their losses: settings, images, network, optimiser."""
 
-import argparse
 import math
 from typing import Any
 
@@ -33,7 +32,8 @@ FIXED = (
 def open_run(run: Run, prototypes: int | list[int]) -> tuple[ImageList, Network, RandomView]:
     """The images, the network with its projection head and prototypes, and the view of several crops."""
     args = run.args
-    check_crops(args)
+    lists = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
+    check_crops({name: getattr(args, name) for name in lists}, args.crops_for_assign)
     for flag in OLD_FLAGS:
         if getattr(args, flag.removeprefix("--")) is not None:
             run.log(f"note: {flag} changes nothing: the launcher's environment, and this program, decide")
@@ -57,32 +57,29 @@ def open_run(run: Run, prototypes: int | list[int]) -> tuple[ImageList, Network,
     return images, net, RandomView(images, crops)
 
 
-def check_crops(args: argparse.Namespace) -> None:
-    """Refuse lists of crops that do not fit each other."""
-    lists = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
-    counts = {name: len(getattr(args, name)) for name in lists}
-    if len(set(counts.values())) > 1:
-        found = ", ".join(f"--{name} {count}" for name, count in counts.items())
+def check_crops(groups: dict[str, list[float]], assign: list[int]) -> None:
+    """Refuse lists of crops, by the names of their flags, that do not fit each other."""
+    if len({len(values) for values in groups.values()}) > 1:
+        found = ", ".join(f"--{name} {len(values)}" for name, values in groups.items())
         raise UserError(f"the lists of crops need one entry a group each; they have {found}")
-    for low, high in zip(args.min_scale_crops, args.max_scale_crops):
+    for low, high in zip(groups["min_scale_crops"], groups["max_scale_crops"]):
         if low > high:
             raise UserError(f"--min_scale_crops {low}: larger than --max_scale_crops {high}")
-    number = sum(args.nmb_crops)
+    number = sum(groups["nmb_crops"])
     if number < 2:
         raise UserError(f"--nmb_crops {number}: at least two crops, of which one predicts the other")
-    for v in args.crops_for_assign:
+    for v in assign:
         if v >= number:
             raise UserError(f"--crops_for_assign {v}: there are {number} crops, counted from 0")
 
 
-def optimizer_and_schedule(
-    args: argparse.Namespace, net: Network, steps: int
-) -> tuple[LARC | torch.optim.SGD, Schedule]:
+def optimizer_and_schedule(run: Run, net: Network, steps: int) -> tuple[LARC | torch.optim.SGD, Schedule]:
     """LARC around SGD with momentum 0.9, or SGD alone, over everything that trains; the cosine with warm-up.
 
     The prototypes are a group of their own, as they may be frozen at first (torch's fused SGD wants momentum
     for all of a group or for none).
     """
+    args = run.args
     optimizer = sgd(net.body_parameters(), args.base_lr, 0.9, args.wd)
     prototypes = [p for p in net.prototypes.parameters() if p.requires_grad]
     if prototypes:
