@@ -9,7 +9,7 @@
 # wins over them. PYTHON=... names an interpreter to use instead of making .venv.
 set -euo pipefail
 
-# The demo's recipe (README, "Small data", says how it was found).
+# The demo's recipe (docs/small-data.md says how it was found).
 DEMO_ARCH=alexnet
 DEMO_SIZE=64 # pixels
 DEMO_K=100
