@@ -1,10 +1,8 @@
 """What is cut out of an image: the views of the paper and of its evaluations, with torchvision's pixels."""
 
 import functools
-import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
@@ -28,7 +26,7 @@ def central_crop(size: int) -> Transform:
 
 def random_resized_crop(size: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Transform:
     """A random crop of a share of the area in `scale` and a width / height in `ratio`, flipped or not."""
-    return functools.partial(_random_crop, size=size, scale=scale, ratio=ratio)
+    return functools.partial(_random_crop, boxes=v2.RandomResizedCrop(size, scale, ratio), size=size)
 
 
 def train_crop(size: int) -> Transform:
@@ -63,49 +61,13 @@ def _central_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     return image[:, top : top + size, left : left + size]
 
 
-def _random_crop(
-    image: torch.Tensor, size: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> torch.Tensor:
-    """torchvision's RandomResizedCrop and RandomHorizontalFlip, drawing the same numbers."""
-    top, left, height, width = _draw_box(image.shape[1], image.shape[2], scale, ratio)
-    view = _resize_to(image[:, top : top + height, left : left + width], size, size)
+def _random_crop(image: torch.Tensor, boxes: v2.RandomResizedCrop, size: int) -> torch.Tensor:
+    """torchvision's RandomResizedCrop, which draws the box, and RandomHorizontalFlip."""
+    box = boxes.make_params([image])
+    rows = slice(box["top"], box["top"] + box["height"])
+    columns = slice(box["left"], box["left"] + box["width"])
+    view = _resize_to(image[:, rows, columns], size, size)
     return view.flip(-1) if torch.rand(1).item() < 0.5 else view
-
-
-def _draw_box(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """A random box (top, left, height, width), as RandomResizedCrop draws it.
-
-    Its share of the area is uniform in `scale`, the logarithm of width / height uniform in that of `ratio`;
-    after ten boxes that do not fit, the largest central one of a permitted ratio.
-    """
-    (lowest, scales), (narrowest, ratios) = _float32_ranges(scale, ratio)
-    for _ in range(10):
-        u, v = torch.rand(2).tolist()
-        # As torch does it: multiplied and added in one step, rounded to float32 once.
-        area = height * width * float(np.float32(u * scales + lowest))
-        shape = float(np.float32(math.exp(np.float32(v * ratios + narrowest))))
-        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
-        if 0 < w <= width and 0 < h <= height:
-            top = torch.randint(height - h + 1, (1,)).item()
-            return top, torch.randint(width - w + 1, (1,)).item(), h, w
-    w, h = width, height
-    if width / height < ratio[0]:
-        h = round(width / ratio[0])
-    elif width / height > ratio[1]:
-        w = round(height * ratio[1])
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-@functools.cache
-def _float32_ranges(
-    scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(start, length) of the ranges of scale and of log ratio, each rounded to float32 as torch does."""
-    low, high = np.float32(scale)
-    narrow, wide = (np.float32(math.log(limit)) for limit in np.float32(ratio))
-    return (float(low), float(high - low)), (float(narrow), float(wide - narrow))
 
 
 def _resize(image: torch.Tensor, side: int) -> torch.Tensor:

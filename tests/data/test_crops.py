@@ -42,15 +42,15 @@ def test_train_crop_is_pillows_within_one_level(source):
     "shape", [(375, 500), (500, 375), (64, 64), (1, 1), (3, 2000), (2000, 3), (7, 5), (40, 30), (30, 40)]
 )
 @pytest.mark.parametrize("scale, ratio", [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.1, 0.5), (1.0, 1.0))])
-def test_boxes_and_random_state_are_torchvisions(shape, scale, ratio):
-    reference = v2.RandomResizedCrop(8, scale=scale, ratio=ratio)
-    image = torch.empty(3, *shape, dtype=torch.uint8)
-    for seed in range(200):
+def test_random_crops_and_random_state_are_torchvisions(shape, scale, ratio):
+    reference = v2.Compose([v2.RandomResizedCrop(8, scale, ratio), v2.RandomHorizontalFlip()])
+    crop = crops.random_resized_crop(8, scale, ratio)
+    image = torch.randint(256, (3, *shape), dtype=torch.uint8)
+    for seed in range(100):
         torch.manual_seed(seed)
-        expected, state = reference.make_params([image]), torch.get_rng_state()
+        expected, state = reference(image), torch.get_rng_state()
         torch.manual_seed(seed)
-        top, left, height, width = crops._draw_box(*shape, scale, ratio)
-        assert {"top": top, "left": left, "height": height, "width": width} == expected
+        assert torch.equal(crop(image), expected)
         assert torch.equal(torch.get_rng_state(), state)
 
 
