@@ -308,69 +308,14 @@ def _image_of(shard: str, key: str, candidates: list[tuple[str, int, int]]) -> t
 
 
 def _members(shard: str, fd: int) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every regular file in a tar file; UserError unless it is whole.
-
-    The headers that webdataset writes (POSIX ustar, with a pax header for the time) are read here, ten times
-    as fast as by tarfile, which takes over at the first other one (long names, huge files).
-    """
-    length = os.fstat(fd).st_size
-    position = 0
-    while True:
-        start, header = position, os.pread(fd, 3 * BLOCK, position)
-        if header[156:157] == b"x" and _only_tells_the_time(header):
-            position, header = position + 2 * BLOCK, header[2 * BLOCK :]
-        header = header[:BLOCK]
-        if len(header) < BLOCK:
-            break
-        if header[257:262] != b"ustar":
-            if not header.strip(b"\0"):
-                return
-            yield from _members_by_tarfile(shard, fd, start)
-            return
-        size = _octal(header[124:136])
-        kind = header[156:157]  # 0 and \0: a file, 5: a folder
-        if kind not in b"05\0" or size is None:
-            yield from _members_by_tarfile(shard, fd, start)
-            return
-        position += BLOCK
-        if position + size > length:
-            break
-        name = header[: header.index(b"\0")] if header[99] == 0 else header[:100]
-        if header[345] and header[262] == 0:  # the folder of a long name
-            name = header[345:500].partition(b"\0")[0] + b"/" + name
-        if kind != b"5":
-            yield os.fsdecode(name), position, size
-        position += _padded(size)
-    raise UserError(f"{shard} is truncated: it ends after {length} bytes without a tar file's end mark")
-
-
-def _only_tells_the_time(blocks: bytes) -> bool:
-    """Whether the pax header in blocks[:512] fills one block and says nothing of a member's name and size."""
-    size = _octal(blocks[124:136])
-    text = blocks[BLOCK : 2 * BLOCK]
-    return (
-        size is not None
-        and 0 < size <= BLOCK
-        and not (b" path=" in text or b" size=" in text or b"GNU.sparse" in text)
-    )
-
-
-def _octal(field: bytes) -> int | None:
-    """A number of a header; None for one that is written in another way."""
-    digits = field.strip(b" \0")
-    return int(digits, 8) if digits and not digits.strip(b"01234567") else None
-
-
-def _members_by_tarfile(shard: str, fd: int, position: int) -> Iterator[tuple[str, int, int]]:
-    """The members from `position` on, whatever their headers are."""
+    """(name, offset, size) of every regular file in a tar file; UserError unless it is whole."""
     start = os.pread(fd, BLOCK, 0)
     for magic, command in COMPRESSED.items():
         if start.startswith(magic):
             raise UserError(f"{shard} is compressed: nothing in it can be read at random; {command} it first")
     length = os.fstat(fd).st_size
     with open(shard, "rb") as file:
-        file.seek(position)
-        end = position
+        end = 0
         try:
             with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
                 for member in tar:

@@ -191,8 +191,8 @@ def test_shards_without_labels_have_no_classes(tmp_path):
         ("twice.tar", r"2 images of the key 1 \(1.jpg, 1.png\)"),
         ("dots.tar", r"2 images of the key 1 \(1.a.jpg, 1.b.jpg\)"),
         ("text.tar", "no image found in the 1 shard"),
-        ("photo.tar", "is no tar file|is truncated"),
-        ("empty.tar", "is truncated"),
+        ("photo.tar", "is no tar file"),
+        ("empty.tar", "is no tar file.*empty"),
         ("packed.tar.gz", "is compressed.*gunzip"),
         ("packed.tar", "is compressed.*gunzip"),
         ("http://host/x-{00..03}.tar", "only local files"),
@@ -217,7 +217,7 @@ def test_mistakes_are_named(tmp_path, pattern, message):
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
 def test_any_cut_is_noticed(tmp_path, format):
-    long_name = "x" * 120 + ".jpg" if format == tarfile.GNU_FORMAT else "3.jpg"  # read by tarfile
+    long_name = "x" * 120 + ".jpg" if format == tarfile.GNU_FORMAT else "3.jpg"
     members = {"1.jpg": jpeg(1), "2.jpg": jpeg(2), long_name: jpeg(3)}
     path = write_tar(tmp_path / "x.tar", members, format=format)
     content = path.read_bytes()
