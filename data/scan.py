@@ -14,6 +14,7 @@ OF_SYSTEMS = {
     "__macosx", "$recycle.bin", "system volume information", "lost+found", "found.000",
 }  # fmt: skip
 SPLITS = {"val", "valid", "validation", "test"}  # what stands beside train/
+DRAWN = ".drawn"  # marks a folder that pictures of a network were drawn into (visu/)
 TOLD = 6  # endings, or folders, that a line names
 
 
@@ -45,7 +46,7 @@ class Scan:
             lines.append(f"passed over {self.endings.total()} files by their ending: {_some(what)}")
         for folders, what in (
             (self.of_systems, "of thumbnails, metadata or deleted files"),
-            (self.runs, "of runs of this repository"),
+            (self.runs, "of runs of this repository, or of pictures that it drew"),
         ):
             if folders:
                 lines.append(f"left out {len(folders)} folder(s) {what}: {_some(folders)}")
@@ -69,7 +70,7 @@ def scan(root: str) -> Scan:
         raise UserError(f"cannot read the folder {root}: {found.unread[0][1]}")
     if "" in found.runs:
         raise UserError(
-            f"{root} is the folder of a run, not of images: what the run writes there are pictures too; give "
+            f"{root} is the folder of a run, not of images: what is written there are pictures too; give "
             "the images' own folder as DIR, and another one as --exp"
         )
     return found
@@ -114,11 +115,19 @@ def _walk(root: str, folder: str, above: frozenset, found: Scan) -> None:
 
 
 def is_run(names: Iterable[str]) -> bool:
-    """Whether a folder with these names in it is that of a run, of a method or of an evaluation."""
+    """Whether a folder with these names in it is that of a run, an evaluation, or of pictures that were drawn.
+
+    The lock alone is no mark: it is left behind where a run is refused.
+    """
     names = set(names)
-    if {"config.json", "log.jsonl"} <= names:
+    if {"config.json", "log.jsonl"} <= names or DRAWN in names:
         return True
-    return ".lock" in names and any(name.endswith((".pth.tar", ".jsonl")) for name in names)
+    locked = [
+        name[1:].removesuffix(".pth.tar.lock")
+        for name in names
+        if name.startswith(".") and name.endswith(".pth.tar.lock")
+    ]
+    return any({f"{name}.pth.tar", f"{name}.jsonl"} & names for name in locked)
 
 
 def _kind(entry: os.DirEntry) -> str:

@@ -10,6 +10,7 @@ import socket
 from pathlib import Path
 from typing import IO
 
+from data import scan
 from training import schema
 from util import Log, UserError, make_folder, try_lock
 
@@ -139,6 +140,18 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
+
+
+def refuse_images_folder(exp: Path, source: str | None) -> None:
+    """UserError where EXP holds images of the folder DIR: a run's folder, pictures and all, is no part of DIR."""
+    if source is None or not os.path.isdir(source) or not exp.is_dir():
+        return
+    inside = Path(os.path.realpath(exp)).is_relative_to(os.path.realpath(source))
+    if inside and not scan.is_run(os.listdir(exp)) and scan.scan(str(exp)).images:
+        raise UserError(
+            f"--exp {exp}: holds images of DIR, and what the run writes there would be told from them by "
+            "nobody; choose another folder"
+        )
 
 
 def runs_beside(process: str) -> bool:

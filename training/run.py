@@ -35,7 +35,7 @@ from models.network import Network
 from models.parallel import Share, share_among_ranks
 from models.weights import init_weights
 from training import logs, machine
-from training.folder import Folder, origin_of
+from training.folder import Folder, origin_of, refuse_images_folder
 from training.optim import Schedule
 from training.parts import Parts
 from training.signals import Signals
@@ -114,6 +114,7 @@ class Run:
 
     def _open_folder(self) -> str | None:
         """Lock EXP and find the checkpoint to go on from; a new run begins with an empty log."""
+        refuse_images_folder(self.exp, getattr(self.args, "dir", None))
         self.folder.open()
         self.log = Log(self._log_file)
         found = self.folder.find(self.args.resume, self.log)

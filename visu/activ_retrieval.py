@@ -65,7 +65,7 @@ def main(args: argparse.Namespace) -> "TopImages":
     util.set_precision(args.precision, device)
     net = weights.load(args.model).to(device)
     name = choose_map(net, args.conv, args.layer)
-    folder = util.make_folder(Path(args.exp) / name)
+    folder = sheet.folder_of_pictures(Path(args.exp) / name)
     images = data.open_images(
         args.data, args.shards, bad_list=folder / "bad_images.txt", skip_bad=True, all_splits=True,
         workers=args.workers, log=log,

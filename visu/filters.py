@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> Path:
     conv = first_conv(net)
     if not conv.weight.isfinite().all():
         raise UserError(f"{args.model}: weights of the first layer are not finite, the network has diverged")
-    util.make_folder(path.parent)
+    sheet.folder_of_pictures(path.parent)
     grids = filter_grids(net, args.scale or max(1, round(44 / conv.kernel_size[0])))
     sheet.save_picture(beside(grids), path)
     util.say(f"{conv.out_channels} filters of {net.arch}'s first layer in {path}")

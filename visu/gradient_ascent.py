@@ -118,7 +118,7 @@ def main(args: argparse.Namespace) -> list[Ascent]:
     name = choose_map(net, args.conv, args.layer)
     channels = choose_channels(args.filters, net, name, args.idim)
     settings = choose_settings(args, net, name)
-    folder = util.make_folder(Path(args.exp) / name)
+    folder = sheet.folder_of_pictures(Path(args.exp) / name)
     log(
         f"{net.arch} {name}, {len(channels)} filters at {settings.idim} pixels: "
         f"lr {settings.lr:.3g}, wd {settings.wd:g}, sig {settings.sig:.3g}, step {settings.step}, "

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from util import atomic_write
+from data.scan import DRAWN
+from util import atomic_write, make_folder
 
 GAP = 4  # pixels between tiles and around the sheet
 PAPER, INK = "white", "black"
@@ -68,6 +69,16 @@ def shorten(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 def square_columns(count: int) -> int:
     """Columns of a grid of `count` tiles that is as square as it can be, rather wide than high."""
     return max(1, math.ceil(math.sqrt(count)))
+
+
+def folder_of_pictures(path: str | Path) -> Path:
+    """Make the folder; where it is new, a mark keeps its pictures out of the images of a folder above it."""
+    path = Path(path)
+    new = not path.exists()
+    make_folder(path)
+    if new:
+        (path / DRAWN).touch()
+    return path
 
 
 def save_picture(image: Image.Image, path: str | Path) -> None:

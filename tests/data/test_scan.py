@@ -10,6 +10,8 @@ from data import decode, scan
 from tests import small_run
 from tests.data.pictures import array, pixels, touch_images
 from tests.helpers import refuses
+from training.folder import Folder
+from visu import activ_retrieval, filters
 
 
 def test_a_run_below_the_folder_is_no_source_of_images(finished, tmp_path):
@@ -18,7 +20,9 @@ def test_a_run_below_the_folder_is_no_source_of_images(finished, tmp_path):
     (images / "exp").symlink_to(finished)
     found = data.list_images(images)
     assert found.digest() == before.digest() and found.class_names == ["a", "b"]
-    assert found.notes == ["left out 1 folder(s) of runs of this repository: exp"]
+    assert found.notes == [
+        "left out 1 folder(s) of runs of this repository, or of pictures that it drew: exp"
+    ]
 
 
 @pytest.mark.slow
@@ -31,13 +35,48 @@ def test_a_run_in_its_own_images_can_go_on(tmp_path):
     assert "left out 1 folder(s) of runs" in (exp / "train.log").read_text()
 
 
+def test_the_mark_that_an_evaluation_leaves_is_known(photos, tmp_path):
+    exp = tmp_path / "voc"
+    folder = Folder(exp, "voc.pth.tar", keep=False)
+    folder.open()
+    folder.close()
+    assert not scan.is_run(os.listdir(exp))
+    folder.last.touch()
+    assert scan.is_run(os.listdir(exp))
+
+
+def test_exp_that_holds_images_of_the_set_is_refused_before_it_is_touched(tmp_path):
+    images = touch_images(tmp_path / "photos", *(f"{c}/{i}.png" for c in "ab" for i in range(10)))
+    for exp in (images, images / "a"):
+        before = sorted(images.rglob("*"))
+        with refuses(r"--exp .*: holds images of DIR.*another folder"):
+            small_run.train(images, exp)
+        assert sorted(images.rglob("*")) == before
+    (images / "empty").mkdir()
+    small_run.train(images, images / "empty", "--epochs", 1)
+
+
+def test_pictures_that_are_drawn_below_the_folder_are_no_images_of_it(finished, tmp_path):
+    images = touch_images(tmp_path / "photos", "a/1.png", "b/2.png")
+    model = str(finished / "checkpoint.pth.tar")
+    filters.main(filters.get_parser().parse_args(["--model", model, "--exp", str(images / "new")]))
+    assert (images / "new" / "filters.png").is_file()
+    flags = ["--model", model, "--exp", str(images / "a"), "--data", str(images), "--count", "1"]
+    activ_retrieval.main(
+        activ_retrieval.get_parser().parse_args([*flags, "--image-size", "32", "--workers", "0"])
+    )
+    assert len(list((images / "a").rglob("*.png"))) > 2
+    assert list(data.list_images(images).paths) == ["a/1.png", "b/2.png"]
+
+
 @pytest.mark.parametrize(
     "names, is_one",
     [
         (["config.json", "log.jsonl"], True),  # of versions without a lock too
-        ([".lock", "checkpoint.pth.tar"], True),
-        ([".lock", "voc.jsonl", "voc.log"], True),
-        ([".lock", "1.jpg"], False),
+        ([".checkpoint.pth.tar.lock", "checkpoint.pth.tar"], True),
+        ([".voc.pth.tar.lock", "voc.jsonl", "voc.log"], True),
+        ([".voc.pth.tar.lock", "1.jpg"], False),
+        ([".drawn", "1.jpg"], True),
         (["config.json", "1.jpg"], False),
         (["alexnet.pth.tar", "1.jpg"], False),
     ],
