@@ -98,12 +98,16 @@ def add_data(parser: argparse._ActionsContainer) -> None:
     """The images: DIR or --shards."""
     parser.add_argument("dir", metavar="DIR", nargs="?", help="a folder of images or a .txt file of paths")
     add_shards(parser, "DIR")
+    add_all_splits(parser)
+    add_bad_images(parser)
+
+
+def add_all_splits(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--all-splits",
         action="store_true",
         help="take all of a DIR that holds train/ and val/, which is refused otherwise",
     )
-    add_bad_images(parser)
 
 
 def add_shards(parser: argparse._ActionsContainer, instead_of: str) -> None:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from commandline import Parser, add_bad_images, at_least, positive, within
+from commandline import Parser, add_all_splits, add_bad_images, at_least, positive, within
 
 
 def get_parser() -> Parser:
@@ -35,6 +35,7 @@ def get_parser() -> Parser:
         "--quality", type=within(1, 100), default=95, help="of resized images' JPEG, 1 to 100"
     )
     parser.add_argument("--workers", type=at_least(0), default=2, help="processes that decode and resize")
+    add_all_splits(parser)
     add_bad_images(parser)
     return parser
 
@@ -43,7 +44,6 @@ if __name__ == "__main__":
     ARGS = get_parser().parse_args()  # before the imports that take seconds
 
 import contextlib
-import fcntl
 import glob
 import io
 import itertools
@@ -60,7 +60,7 @@ from torchvision.transforms.v2 import functional
 
 import data
 from data.shards import PATHS_MEMBER, check_name, import_webdataset
-from util import Log, Progress, UserError, atomic_write, make_folder, run_main
+from util import Log, Progress, UserError, atomic_write, make_folder, run_main, try_lock
 
 
 def main(args: argparse.Namespace) -> list[Path]:
@@ -69,13 +69,15 @@ def main(args: argparse.Namespace) -> list[Path]:
     if first == second or first.suffix != ".tar":
         raise UserError(f"{args.pattern}: give a numbered name that ends in .tar, as in 'train-%06d.tar'")
     import_webdataset()
-    images = data.list_images(args.dir)
+    log = Log()
+    images = data.list_source(args.dir, skip_bad=args.skip_bad_images, all_splits=args.all_splits)
+    for note in images.notes:
+        log(note)
     if len(set(images.paths)) < len(images):
         raise UserError(f"{args.dir} names an image twice; in shards each image has a name of its own")
     for path in images.paths:
         check_name(path, args.dir)
     make_folder(first.parent)
-    log = Log()
     progress = Progress(len(images), "images", log=log)
     with unfinished(args.pattern) as begin:
         encoded = Encoded(images, args.resize, round(args.quality))
@@ -160,10 +162,8 @@ def unfinished(pattern: str) -> Iterator[Callable[[Path], None]]:
     first = shard_path(pattern, 0)
     journal = first.with_name(f"{first.name}.unfinished")
     with open(journal, "ab+", buffering=0) as file:  # nothing is left to write where a write fails
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{first}: another process is writing these shards") from None
+        if try_lock(file) is False:
+            raise UserError(f"{first}: another process is writing these shards")
 
         def begin(shard: Path) -> None:
             if shard.exists():

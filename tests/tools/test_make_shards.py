@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import data
-from data import crops, shards
+from data import crops, scan, shards
 from tests.tars import PICTURES, ROOT, jpeg, write, write_folder
 from tools import make_shards
 from util import UserError
@@ -81,6 +81,29 @@ def test_shards_that_exist_are_not_overwritten(folder, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         write(folder, tmp_path, "--resize", "20")
     assert path.read_bytes() == before
+
+
+def test_splits_and_folders_that_cannot_be_read_go_by_the_flags_of_a_run(tmp_path, capsys, monkeypatch):
+    for name in ("train", "val", "closed"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg(3))
+    (tmp_path / "in" / "notes.heic").touch()
+    listed = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(scan.os, "scandir", refuse)
+    with pytest.raises(UserError, match="closed: permission denied.*--skip-bad-images"):
+        write(tmp_path / "in", tmp_path / "out", "--all-splits")
+    with pytest.raises(UserError, match="holds train/ and val/.*--all-splits"):
+        write(tmp_path / "in", tmp_path / "out", "--skip-bad-images")
+    (path,) = write(tmp_path / "in", tmp_path / "out", "--skip-bad-images", "--all-splits")
+    assert list(shards.list_shards(path).paths) == ["train/1.jpg", "val/1.jpg"]
+    said = capsys.readouterr().out
+    assert "closed: permission denied" in said and "1 .heic" in said
 
 
 def killed(folder, out):
