@@ -115,7 +115,7 @@ def _walk(root: str, folder: str, above: frozenset, found: Scan) -> None:
 
 
 def is_run(names: Iterable[str]) -> bool:
-    """Whether a folder with these names in it is that of a run, an evaluation, or of pictures that were drawn.
+    """Whether a folder with these names in it is of a run, an evaluation, or pictures that were drawn.
 
     The lock alone is no mark: it is left behind where a run is refused.
     """

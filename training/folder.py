@@ -143,7 +143,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def refuse_images_folder(exp: Path, source: str | None) -> None:
-    """UserError where EXP holds images of the folder DIR: a run's folder, pictures and all, is no part of DIR."""
+    """UserError where EXP holds images of the folder DIR: a run's folder is left out of DIR as a whole."""
     if source is None or not os.path.isdir(source) or not exp.is_dir():
         return
     inside = Path(os.path.realpath(exp)).is_relative_to(os.path.realpath(source))

@@ -96,9 +96,9 @@ def test_splits_and_folders_that_cannot_be_read_go_by_the_flags_of_a_run(tmp_pat
         return listed(path)
 
     monkeypatch.setattr(scan.os, "scandir", refuse)
-    with pytest.raises(UserError, match="closed: permission denied.*--skip-bad-images"):
+    with pytest.raises(UserError, match=r"closed: permission denied.*--skip-bad-images"):
         write(tmp_path / "in", tmp_path / "out", "--all-splits")
-    with pytest.raises(UserError, match="holds train/ and val/.*--all-splits"):
+    with pytest.raises(UserError, match=r"holds train/ and val/.*--all-splits"):
         write(tmp_path / "in", tmp_path / "out", "--skip-bad-images")
     (path,) = write(tmp_path / "in", tmp_path / "out", "--skip-bad-images", "--all-splits")
     assert list(shards.list_shards(path).paths) == ["train/1.jpg", "val/1.jpg"]
