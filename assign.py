@@ -56,7 +56,7 @@ import torch
 import data
 from data import ImageList
 from evaluation.clusters import Clusters
-from features import Pass, Settings, activation_batches, read_clustering
+from features import Pass, Settings, activation_batches, bits_of, read_clustering
 from formats.links import write_links
 from formats.released import write_assignments_pickle
 from models import weights
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     out = Path(args.out)
     make_folder(out.absolute().parent)
     clusters = Clusters.from_state(state, settings.precision, device)
-    layer = state["layer"]
+    layer, bits = state["layer"], bits_of(state)
     del state  # its weights are read into the network
     net = weights.load(path, [layer]).to(device)
     bad_list = Path(f"{out}.bad_images.txt")
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     images = data.open_images(
         args.dir, args.shards, bad_list=bad_list, skip_bad=args.skip_bad_images, log=log,
         all_splits=args.all_splits,
-        scaled=settings.scaled, workers=args.workers,
+        scaled=settings.scaled, bits=bits, workers=args.workers,
         enough=partial(check_images, form=args.format, out=out, outputs=[out, bad_list], inputs=inputs),
     )  # fmt: skip
     log(

@@ -106,7 +106,7 @@ import checkpoint
 import data
 from data import ImageList
 from evaluation.store import Store
-from features import Pass, Settings, ToPoints, activation_batches, layer_shape, read_clustering
+from features import Pass, Settings, ToPoints, activation_batches, bits_of, layer_shape, read_clustering
 from formats.rows import FORMS, Files
 from models import weights
 from models.network import Network
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> Path:
     images = data.open_images(
         args.dir, args.shards, bad_list=files.bad, skip_bad=args.skip_bad_images, log=log,
         all_splits=args.all_splits,
-        scaled=rows.settings.scaled, workers=args.workers,
+        scaled=rows.settings.scaled, bits=rows.bits, workers=args.workers,
         enough=partial(check_images, outputs=files.written(), inputs=inputs),
     )  # fmt: skip
     log(f"{len(images)} images in {images.name}; {rows}, on {device} ({rows.settings.precision})")
@@ -175,7 +175,8 @@ def check_images(images: ImageList, outputs: Iterable[Path] = (), inputs: Iterab
 class Rows:
     """How an image becomes a row: the network in the file `path`, its layer, what is made of the activation.
 
-    to_points: how a run made points of it, or None; shape: what one image gives, (C, H, W) or (D,).
+    to_points: how a run made points of it, or None; shape: what one image gives, (C, H, W) or (D,); bits: of
+    16-bit grey pictures, where the run tells.
     """
 
     path: str
@@ -187,6 +188,7 @@ class Rows:
     dtype: str
     device: torch.device
     shape: tuple[int, ...]
+    bits: int | None = None
 
     def __str__(self) -> str:
         return (
@@ -242,7 +244,7 @@ def open_rows(args: argparse.Namespace, device: torch.device) -> Rows:
         layer = state["layer"]
         if args.layer not in (None, layer):
             raise UserError(f"--whitened: the run clustered {layer}, not --layer {args.layer}")
-    run = state.get("args")
+    run, bits = state.get("args"), bits_of(state)
     del state  # its weights are read into the network
     net = weights.load(path, [layer] if layer else []).to(device)
     layer = layer or net.feature
@@ -250,7 +252,7 @@ def open_rows(args: argparse.Namespace, device: torch.device) -> Rows:
     settings = Settings.choose(run, device, args.image_size, args.batch, args.precision)
     shape = pooled(layer_shape(net, layer, settings.image_size), args.pool, layer)
     shape = (to_points.dim(math.prod(shape)),) if to_points else shape
-    return Rows(str(path), net, layer, args.pool, to_points, settings, args.dtype, device, shape)
+    return Rows(str(path), net, layer, args.pool, to_points, settings, args.dtype, device, shape, bits)
 
 
 def pooled(shape: tuple[int, ...], pool: int | None, layer: str) -> tuple[int, ...]:
@@ -274,6 +276,7 @@ def what_decides(rows: Rows, images: ImageList) -> dict[str, Any]:
         "network": network,
         "list of images": images.digest(),
         "state of the images": hashlib.sha256(images.stamps().tobytes()).hexdigest(),
+        "bits": images.bits,
         "layer": rows.layer,
         "pool": rows.pool,
         "whitened": rows.to_points is not None,

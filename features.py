@@ -19,6 +19,7 @@ import checkpoint
 from algorithms.pca import PCAWhitening, normalise_rows
 from commandline import PRECISIONS
 from data import PlainView, make_loader, to_input
+from data.decode import FULL_BITS
 from data.views import Batch
 from models.network import Network
 from util import Progress, UserError, set_precision
@@ -262,6 +263,19 @@ def possible_precision(precision: str, device: torch.device) -> str:
     except UserError:
         return "fp32"
     return precision
+
+
+def bits_of(state: dict[str, Any]) -> int | None:
+    """The bits of 16-bit grey pictures that the run of this checkpoint took; None where it had none.
+
+    Runs from before that was looked at took all 16.
+    """
+    parts = state.get("parts")
+    for holder in (state, parts.get("images") if isinstance(parts, dict) else None):
+        if isinstance(holder, dict) and "bits" in holder:
+            bits = holder["bits"]
+            return bits if type(bits) is int and 8 <= bits <= FULL_BITS else None
+    return FULL_BITS if isinstance(state.get("args"), dict) else None
 
 
 def layer_shape(net: Network, layer: str, size: int) -> tuple[int, ...]:

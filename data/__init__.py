@@ -3,6 +3,7 @@
 from data.cache import CropCache, open_cache
 from data.crops import Transform, central_crop, probe_train_crop, ten_crops, train_crop, voc_train_crop
 from data.decode import EXTENSIONS, FORMATS, ImageError, decode_file
+from data.depth import find_bits
 from data.images import ImageList, PackedPaths, classes_of, list_images
 from data.sources import (
     broken_reason,
@@ -31,7 +32,8 @@ from data.views import (
 __all__ = [
     "EXTENSIONS", "FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "Batch", "CropCache", "ImageError", "ImageList",
     "PackedPaths", "PlainView", "RandomView", "Transform", "broken_reason", "cannot_decode", "central_crop",
-    "check_headers", "classes_of", "decode_file", "init_worker", "leave_out", "list_images", "list_source",
+    "check_headers", "classes_of", "decode_file", "find_bits",
+    "init_worker", "leave_out", "list_images", "list_source",
     "make_loader", "normalise", "open_cache", "open_images", "probe_train_crop", "reasons",
     "refuse_overwriting", "seeded", "ten_crops", "to_input", "train_crop", "turned", "voc_train_crop",
 ]  # fmt: skip

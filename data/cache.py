@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.decode import FULL_BITS
 from data.images import ImageList
 from util import UserError, make_folder
 
@@ -149,6 +150,8 @@ def _checksum(row: np.ndarray) -> int:
 def _digest(images: ImageList, size: int) -> str:
     """What the crops depend on, in 32 hex digits."""
     what = hashlib.sha256(f"{VERSION} {size} {images.scaled} {images.digest()}".encode())
+    if images.bits not in (None, FULL_BITS):
+        what.update(f" {images.bits} bits".encode())
     what.update(np.ascontiguousarray(images.stamps(), dtype="<i8").tobytes())
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):

@@ -20,6 +20,8 @@ except ImportError:  # without it Pillow decodes everything: the same pixels, a 
 # Photographs whose shorter side reaches this may be decoded at half their size or less, on request.
 LARGE_SIDE = 1024
 
+FULL_BITS = 16  # of a sample, in pictures of more than 8; ImageList.bits tells where fewer are used
+
 # Formats that Pillow opens but that are not pictures made of pixels (EPS runs another program), and stubs.
 NOT_RASTER = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
@@ -60,8 +62,8 @@ class ImageError(UserError):
 def decode_file(path: str | Path, scaled: bool = False) -> torch.Tensor:
     """Decode an image file to (3, H, W) uint8 RGB, upright by its EXIF orientation, laid out as (H, W, 3).
 
-    Any mode: alpha is dropped, 16-bit content is brought to 8 bit by >> 8, of an animation the first frame is
-    taken. Raises ImageError for a file that is no image, is truncated, or holds more pixels than Pillow's
+    Any mode: alpha is dropped, of 16-bit grey the upper 8 bits are taken, of an animation the first frame.
+    Raises ImageError for a file that is no image, is truncated, or holds more pixels than Pillow's
     limit against decompression bombs (2 * Image.MAX_IMAGE_PIXELS).
 
     scaled: decode a JPEG with a shorter side of at least 1024 at a half, quarter or eighth of its size, so
@@ -86,13 +88,13 @@ def read_file(path: str | Path) -> bytes:
         os.close(descriptor)
 
 
-def decode_bytes(content: bytes, scaled: bool) -> torch.Tensor:
-    """`decode` of a file's content."""
+def decode_bytes(content: bytes, scaled: bool, bits: int = FULL_BITS) -> torch.Tensor:
+    """`decode_file` of a file's content; of 16-bit grey that uses so many bits the upper 8 of those."""
     if not content:
         raise ValueError(EMPTY)
     pixels = _decode_jpeg(content, scaled)
     if pixels is None:
-        pixels = _decode_by_pillow(content)
+        pixels = _decode_by_pillow(content, bits)
     return torch.from_numpy(pixels.transpose(2, 0, 1))
 
 
@@ -149,25 +151,25 @@ def _has_app1(jpeg: bytes) -> bool:
     return jpeg[at : at + 2] != b"\xff\xda"
 
 
-def _decode_by_pillow(content: bytes) -> np.ndarray:
+def _decode_by_pillow(content: bytes, bits: int) -> np.ndarray:
     """(H, W, 3) uint8 of any image; the first frame of an animation."""
     image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header; refuses bombs
-    pixels = _to_rgb(image)
+    pixels = _to_rgb(image, bits)
     # The tag is read after the pixels: Pillow turns TIFF files itself while loading and then drops the tag.
     return _upright(pixels, _orientation(image))
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, bits: int) -> np.ndarray:
     """(H, W, 3) uint8 of a Pillow image of any mode.
 
     Pillow clips numbers above 255 (modes I;16, I, F), which turns 16-bit pictures white. Integers are taken
-    as 16-bit; floats as 0 to 255, or as 0 to 1 where none is larger.
+    to use so many bits; floats as 0 to 255, or as 0 to 1 where none is larger.
     """
     if image.mode == "F":
         grey = np.nan_to_num(np.asarray(image), posinf=255.0, neginf=0.0)
         grey = np.clip(grey * 255 if grey.max() <= 1 else grey, 0, 255).astype(np.uint8)
     elif image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image) >> 8, 0, 255).astype(np.uint8)
+        grey = np.clip(np.asarray(image) >> (bits - 8), 0, 255).astype(np.uint8)
     else:
         return np.array(image.convert("RGB"))
     return np.repeat(grey[:, :, None], 3, axis=2)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from data.decode import EXTENSIONS, ImageError, decode_bytes, read_file
+from data.decode import EXTENSIONS, FULL_BITS, ImageError, decode_bytes, read_file
 from data.scan import scan
 from util import UserError
 
@@ -45,10 +45,10 @@ class ImageList:
 
     root: folder the paths start from; paths: N relative paths; classes: (N,) int64 ids into class_names, or
     None where the folder has none. Classes serve logs and evaluations; DeepCluster never trains on them.
-    scaled, False unless set: decode large photographs at a fraction of their size (see `decode_file`). name:
-    what the user calls it. files: what the list was read from, besides the images: a text file or shards.
-    skipped: paths of images that were left out (`drop`). notes: lines on what was passed over when it was
-    listed.
+    scaled, False unless set: decode large photographs at a fraction of their size (see `decode_file`). bits:
+    that 16-bit grey pictures use (data/depth.py), None: all. name: what the user calls it. files: what the
+    list was read from, besides the images: a text file or shards. skipped: paths of images that were left out
+    (`drop`). notes: lines on what was passed over when it was listed.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class ImageList:
         self.classes = classes
         self.class_names = class_names
         self.scaled = False
+        self.bits: int | None = None
         self.name = str(root)
         self.files: list[str] = []
         self.skipped: list[str] = []
@@ -102,7 +103,7 @@ class ImageList:
     def decode(self, i: int) -> torch.Tensor:
         """Image i as `decode_bytes` gives it: (3, H, W) uint8 RGB, upright. Raises ImageError."""
         try:
-            return decode_bytes(self.read(i), self.scaled)
+            return decode_bytes(self.read(i), self.scaled, self.bits or FULL_BITS)
         except Exception as error:
             raise ImageError.of(self.path(i), error) from error
 
@@ -123,8 +124,10 @@ class ImageList:
         self.classes, self.class_names = np.array(ids, dtype=np.int64)[self.classes], class_names
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on has to find again: how many images, their digest, which were left out."""
-        return {"number": len(self), "digest": self.digest(), "skipped": list(self.skipped)}
+        """What a run that goes on has to find again: how many images, their digest, those left out, bits."""
+        return {
+            "number": len(self), "digest": self.digest(), "skipped": list(self.skipped), "bits": self.bits
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Leave out what was left out then. Raises UserError unless the rest are the same images."""
@@ -132,6 +135,7 @@ class ImageList:
         if len(gone):
             self.drop(gone)
         self.skipped = list(state["skipped"])
+        self.bits = state.get("bits", self.bits and FULL_BITS)  # before it was looked at, all were taken
         if len(self) != state["number"]:
             raise UserError(f"the run had {state['number']} images, {self.name} has {len(self)}")
         if self.digest() != state["digest"]:

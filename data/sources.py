@@ -7,6 +7,7 @@ from pathlib import Path
 
 import distributed
 from data.decode import ImageError, check_header
+from data.depth import find_bits
 from data.images import ImageList, list_images
 from data.shards import list_shards
 from util import Log, UserError, atomic_write, make_folder
@@ -40,6 +41,7 @@ def open_images(
     skip_bad: bool = False,
     all_splits: bool = False,
     scaled: bool = False,
+    bits: int | None = None,
     workers: int = 1,
     enough: Callable[[ImageList], None] | None = None,
     log: Log | None = None,
@@ -48,7 +50,8 @@ def open_images(
 
     Of several processes the first one looks. Files that are no images stop here with a UserError, and
     bad_list, a file, names them all; with skip_bad they are left out, as are folders that cannot be read.
-    all_splits: DIR may hold train/ and val/. The log is told what was passed over. enough(images) may refuse
+    all_splits: DIR may hold train/ and val/. bits: of 16-bit grey, as a run has found them; None: these
+    images tell. The log is told what was passed over. enough(images) may refuse
     to go on: it is asked before anything is read, and again if images were left out.
     """
     images = list_source(folder, shards, scaled, skip_bad, all_splits)
@@ -60,6 +63,10 @@ def open_images(
     leave_out(images, bad, bad_list, skip_bad, log)
     if bad and enough is not None:
         enough(images)
+    if bits is None:
+        find_bits(images, log)
+    else:
+        images.bits = bits
     return images
 
 

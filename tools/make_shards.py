@@ -73,6 +73,7 @@ def main(args: argparse.Namespace) -> list[Path]:
     images = data.list_source(args.dir, skip_bad=args.skip_bad_images, all_splits=args.all_splits)
     for note in images.notes:
         log(note)
+    data.find_bits(images, log)
     if len(set(images.paths)) < len(images):
         raise UserError(f"{args.dir} names an image twice; in shards each image has a name of its own")
     for path in images.paths:

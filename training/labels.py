@@ -143,6 +143,7 @@ class PseudoLabels:
             "points": None if now.points is None else torch.from_numpy(now.points),
             "paths": list(self.images.paths),
             "root": self.images.folder,
+            "bits": self.images.bits,
             "args": self.settings,
         })  # fmt: skip
 

@@ -163,6 +163,10 @@ def check_images(name: str, value: Any) -> None:
     skipped = value.get("skipped")
     good = isinstance(skipped, list) and all(isinstance(path, str) for path in skipped)
     require(good, f"{name}.skipped is {shown(skipped)}, no list of names")
+    bits = value.get("bits", 16)
+    require(
+        bits is None or (type(bits) is int and 8 <= bits <= 16), f"{name}.bits is {shown(bits)}, not 8 to 16"
+    )
 
 
 def check_labels(name: str, value: Any) -> None:

@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> Path:
         raise UserError(f"--out {out}: the folder {out.parent} does not exist")
     images, labels, distances = open_images(folder, shards, *read_assignments(file))
     log = Log()
+    data.find_bits(images)
     write_gallery(
         images, labels, distances, out, num_clusters=num_clusters, thumb=args.thumb, max_mb=args.max_mb,
         seed=args.seed, name=name, log=log,
