@@ -28,6 +28,9 @@ from algorithms.pic import centroids_of, nearest_neighbours, pic_labels
 from util import UserError, derive_seed
 
 KMEANS_ITERATIONS = 20
+# Whitened to nearly as many dimensions as there are points, all points are equally far apart and clusters are
+# chance. Found by trying (docs/small-data.md): so many images a dimension, but a few dimensions at least.
+IMAGES_A_DIMENSION, FEWEST_DIMENSIONS = 15, 4
 Device = torch.device | str
 
 
@@ -84,15 +87,26 @@ class Assignment:
 
 
 def preprocess(
-    features: np.ndarray, dim: int = 256, device: Device = "cpu"
+    features: np.ndarray, dim: int = 256, device: Device = "cpu", log: Callable[[str], None] | None = None
 ) -> tuple[PCAWhitening, np.ndarray]:
-    """PCA-whitening to `dim` dimensions, then L2 normalisation of each row.
+    """PCA-whitening to `dim` dimensions, fewer for few images, then L2 normalisation of each row.
 
     features (n, D), float16 or float32, are this rank's and are only read; the PCA is that of all ranks'.
-    Returns the PCA and the (n, d) float32 result; a row that is whitened to zero stays zero.
+    Returns the PCA and the (n, d) float32 result; a row that is whitened to zero stays zero. log is told why
+    where d < dim.
     """
-    pca = fit_pca(features, dim, device)
+    images = sum(distributed.gather_objects(len(features)))
+    most = min(dim, most_dimensions(images))
+    pca = fit_pca(features, most, device)
+    if pca.dim < dim and log is not None:
+        why = "the features have no more" if pca.dim < most else f"{images} images are too few for more"
+        log(f"PCA keeps {pca.dim} dimensions of {dim}: {why}")
     return pca, normalise_rows(pca.apply(features, device))
+
+
+def most_dimensions(images: int) -> int:
+    """To how many dimensions the features of so many images may be whitened."""
+    return max(images // IMAGES_A_DIMENSION, FEWEST_DIMENSIONS)
 
 
 # ---------------------------------------------------------------------------------------- clusterings

@@ -166,9 +166,7 @@ def main(args: argparse.Namespace) -> None:
             if labels.epoch != epoch:  # else resumed in the middle of it
                 features = run.feature_pass(net, plain, net.feature)  # (n_r, 4096), before the last ReLU
                 with run.timed("pca"):
-                    pca, points = clustering.preprocess(features, PCA_DIM, run.device)  # rows of norm 1
-                if pca.dim < PCA_DIM:
-                    run.log(f"PCA keeps {pca.dim} dimensions of {PCA_DIM}: the features have no more")
+                    pca, points = clustering.preprocess(features, PCA_DIM, run.device, run.log)  # norm 1
                 del features  # N x 4096 is held only while it is clustered
                 with run.timed("clustering"):
                     found = cluster(points, seed=run.seed("clustering", epoch), device=run.device)

@@ -65,7 +65,7 @@ def add_clustering(group: argparse._ActionsContainer) -> None:
         "--dim_pca",
         type=at_least(1),
         default=4096,
-        help="dimensions of the whitened features, at most an eighth of the number of images",
+        help="dimensions of the whitened features; a fifteenth of the number of images at most",
     )
     group.add_argument(
         "--k",
@@ -110,7 +110,6 @@ from util import UserError, run_main
 from visu.pictures import finish
 
 MOMENTUM = 0.9
-IMAGES_A_DIMENSION = 8  # whitened to nearly as many dimensions as images all points are equally far apart
 FIXED = (
     "arch", "sobel", "seed", "batch_size", "image_size", "reassignment", "dim_pca", "k", "super_classes",
     "rotnet", "niter", "scaled_decoding",
@@ -177,11 +176,8 @@ def relabel(
         labels.set(run.epoch, nothing_to_cluster(len(plain)))
         return
     features = run.feature_pass(net, plain, net.feature)  # (n_r, D), before the last ReLU
-    most = max(len(plain) // IMAGES_A_DIMENSION, 1)
-    if most < dim:
-        run.log(f"PCA keeps {most} dimensions of {dim}: an eighth of the number of images")
     with run.timed("pca"):
-        pca, points = clustering.preprocess(features, min(dim, most), run.device)
+        pca, points = clustering.preprocess(features, dim, run.device, run.log)
     del features
     with run.timed("clustering"):
         found = cluster(points, seed=run.seed("clustering", run.epoch), device=run.device)

@@ -117,6 +117,11 @@ class PseudoLabels:
             f"epoch {self.epoch} clustering loss {figures['clustering_loss']:.6g}  {sizes['nonempty']} of "
             f"{self.num_clusters} clusters filled, sizes {sizes['min']} to {sizes['max']}{nmi}"
         )
+        if sizes["nonempty"] > len(self.ids) / 2:
+            self.log(
+                f"warning: {sizes['nonempty']} clusters of {len(self.ids)} images: most hold one or two; "
+                "try fewer clusters, or give more images"
+            )
         if sizes["max"] > len(self.ids) / 2:
             self.log(
                 f"warning: collapse, the largest cluster holds {sizes['max']} of {len(self.ids)} images; "

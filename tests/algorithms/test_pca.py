@@ -10,17 +10,22 @@ import pytest
 
 from algorithms import pca
 from algorithms.pca import PCAWhitening, fit_pca, normalise_rows
-from clustering import preprocess
 from tests import reference
 from tests.algorithms.points import cosine_errors, decaying_features
 from tests.helpers import ROOT
 from util import UserError
 
 
+def whitened(features, dim):
+    """The PCA and the rows of norm 1, as clustering.preprocess without its limit for few images."""
+    fitted = fit_pca(features, dim)
+    return fitted, normalise_rows(fitted.apply(features))
+
+
 @pytest.mark.parametrize("n, d, dim", [(3000, 600, 64), (300, 40, 40), (200, 500, 64), (257, 256, 100)])
 def test_pca_gives_the_directions_of_the_float64_reference(n, d, dim):
     features = decaying_features(n, d)
-    fitted, x = preprocess(features, dim)
+    fitted, x = whitened(features, dim)
     assert x.shape == (n, dim) and x.dtype == np.float32 and fitted.dim == dim
     assert cosine_errors(x, reference.pca_whiten_normalise(features, dim)).mean() < 1e-6
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
@@ -32,7 +37,7 @@ def test_pca_gives_the_directions_of_faiss():
     matrix.train(features)
     theirs = matrix.apply(features)
     theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
-    errors = cosine_errors(preprocess(features, 64)[1], theirs)
+    errors = cosine_errors(whitened(features, 64)[1], theirs)
     assert errors.mean() < 2e-5 and errors.max() < 1e-3  # the larger part of it is faiss's own
 
 
@@ -52,22 +57,22 @@ def test_float16_features_give_the_directions_of_float64(n, d, dim):
     x -= x.mean(axis=0)
     _, left = np.linalg.eigh(x @ x.T)  # left singular vectors are the whitened rows, up to one factor
     expected = left[:, -dim:] / np.linalg.norm(left[:, -dim:], axis=1, keepdims=True)
-    assert cosine_errors(preprocess(features, dim)[1], expected).max() < 1e-5
+    assert cosine_errors(whitened(features, dim)[1], expected).max() < 1e-5
 
 
 def test_chunks_do_not_change_the_result(monkeypatch):
     features = decaying_features(500, 60)
-    whole = preprocess(features, 16)[1]
+    whole = whitened(features, 16)[1]
     monkeypatch.setattr(pca, "CHUNK_BYTES", 8 * 60 * 7)  # 7 rows at a time, the last chunk shorter
     monkeypatch.setattr(pca, "STRIPE_ROWS", 25)
-    assert cosine_errors(preprocess(features, 16)[1], whole).max() < 1e-5
+    assert cosine_errors(whitened(features, 16)[1], whole).max() < 1e-5
 
 
 @pytest.mark.parametrize("n, d, rank", [(400, 100, 7), (80, 100, 7), (30, 100, 60), (30, 20, 60)])
 def test_pca_keeps_no_more_than_the_rank(n, d, rank):
     rng = np.random.default_rng(0)
     features = (rng.standard_normal((n, rank)) @ rng.standard_normal((rank, d)) + 5).astype(np.float32)
-    fitted, x = preprocess(features, 256)
+    fitted, x = whitened(features, 256)
     assert fitted.dim == min(rank, n - 1, d)
     assert np.isfinite(x).all()
 
@@ -76,7 +81,7 @@ def test_pca_keeps_no_more_than_the_rank(n, d, rank):
 @pytest.mark.parametrize("n, d", [(50, 20), (20, 50), (1, 5)])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.1])
 def test_constant_features_give_zeros(value, n, d, dtype):
-    fitted, x = preprocess(np.full((n, d), value, dtype), 8)
+    fitted, x = whitened(np.full((n, d), value, dtype), 8)
     assert x.shape == (n, 1) and fitted.dim == 1
     assert not x.any()
 
@@ -85,7 +90,7 @@ def test_constant_columns_and_zero_rows_give_finite_numbers():
     features = decaying_features(300, 50)
     features[:, ::3] = 0.7
     features[10:20] = 0
-    _, x = preprocess(features, 256)
+    _, x = whitened(features, 256)
     assert np.isfinite(x).all() and x.shape[1] == 33 + 1  # the zero rows differ from 0.7
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, rtol=1e-5)
 
@@ -116,9 +121,9 @@ def test_features_are_only_read_and_may_be_a_memory_map(tmp_path):
     mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        x = preprocess(mapped, 8)[1]
+        x = whitened(mapped, 8)[1]
     before = features.copy()
-    assert np.array_equal(preprocess(features, 8)[1], x)
+    assert np.array_equal(whitened(features, 8)[1], x)
     assert np.array_equal(features, before)
 
 

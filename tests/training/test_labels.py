@@ -62,6 +62,15 @@ def test_figures_compare_with_the_classes_and_with_the_last_clustering(tmp_path,
     assert any("warning: collapse, the largest cluster holds 4 of 6" in line for line in said)
 
 
+def test_clusters_nearly_as_many_as_images_are_warned_about(tmp_path, images):
+    said = []
+    labels = PseudoLabels(tmp_path, images, said.append, {})
+    take(labels, 0, found([0, 0, 1, 1, 2, 2]))
+    assert not any("warning" in line for line in said)
+    take(labels, 1, found([0, 1, 2, 3, 3, 4], k=5))
+    assert any("warning: 5 clusters of 6 images" in line and "fewer clusters" in line for line in said)
+
+
 def test_the_files_are_those_of_the_clustering(tmp_path, images):
     labels = PseudoLabels(tmp_path, images, print, {"seed": 5})
     take(labels, 0, found([0, 0, 1, 1, 2, 2], points=np.ones((6, 2), np.float32)))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import clustering
 import models
 import training.run
 from tests import golden
@@ -126,8 +127,9 @@ def v1_images(tmp_path_factory):
 
 @pytest.mark.parametrize("name, flags", [("kmeans", []), ("pic", ["--clustering", "PIC"])])
 @pytest.mark.parametrize("begin", ["checkpoint", "checkpoints/checkpoint_2"])
-def test_a_run_of_the_first_version_goes_on(v1_images, tmp_path, name, flags, begin):
-    """From its end, and from the middle of its second epoch, as the uninterrupted run of today."""
+def test_a_run_of_the_first_version_goes_on(v1_images, tmp_path, monkeypatch, name, flags, begin):
+    """From its end and from the middle of its second epoch, as the uninterrupted run; it whitened to 36."""
+    monkeypatch.setattr(clustering, "most_dimensions", lambda images: images)
     exp = shutil.copytree(V1 / name, tmp_path / name)
     old = [json.loads(line) for line in (exp / "log.jsonl").read_text().splitlines()]
     start_at = checkpoint.read(exp / f"{begin}.pth.tar")
@@ -135,11 +137,21 @@ def test_a_run_of_the_first_version_goes_on(v1_images, tmp_path, name, flags, be
     lines = [json.loads(line) for line in (exp / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     assert lines[: start_at["epoch"]] == old[: start_at["epoch"]]  # with its seconds
-    recorded = json.loads(golden.RECORDED.read_text())
+    recorded = json.loads((V1 / "golden.json").read_text())
     if golden.machine() == recorded["machine"]:
         assert golden.digests(exp) == recorded["cases"][name]
         complete = train(v1_images, tmp_path / "complete", *flags, "--checkpoints", 3)
         assert_same_run(exp, complete)
+
+
+@pytest.mark.parametrize("begin", ["checkpoint", "checkpoints/checkpoint_2"])
+def test_its_next_clustering_is_one_of_few_dimensions(v1_images, tmp_path, begin):
+    exp = shutil.copytree(V1 / "kmeans", tmp_path / "exp")
+    train(v1_images, exp, "--checkpoints", 3, "--resume", exp / f"{begin}.pth.tar")
+    lines = [json.loads(line) for line in (exp / "log.jsonl").read_text().splitlines()]
+    assert [line["pca_dims"] for line in lines] == [36, 36, 4]
+    assert "PCA keeps 4 dimensions of 256: 60 images are too few for more" in (exp / "train.log").read_text()
+    assert checkpoint.read(exp / "clustering.pth.tar")["assignment"]["centroids"].shape == (8, 4)
 
 
 @pytest.mark.slow
