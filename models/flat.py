@@ -7,12 +7,13 @@ classifier sees, flat), `fc6.pre`, `fc6`, `fc7.pre`, `fc7`.
 from torch import nn
 
 from models.network import Network, initialise
+from models.norm import BatchNorm2d
 
 
 def conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0) -> list[nn.Module]:
     """A convolution followed by batch norm and ReLU, as every convolution of both networks is."""
     conv = nn.Conv2d(inputs, outputs, kernel_size=kernel, stride=stride, padding=padding)
-    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]  # not in place: `conv<n>.pre` may be handed out
+    return [conv, BatchNorm2d(outputs), nn.ReLU()]  # not in place: `conv<n>.pre` may be handed out
 
 
 def flat(

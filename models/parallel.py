@@ -98,7 +98,7 @@ def share_among_ranks(net: nn.Module, share: Share, sync_bn: bool) -> None:
         for name, layer in module.named_children():
             if type(layer) is nn.Dropout:
                 setattr(module, name, SharedDropout(layer.p, share).train(layer.training))
-            elif sync_bn and type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            elif sync_bn and isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
                 over_ranks = SyncBatchNorm(layer.num_features, layer.eps, layer.momentum)
                 over_ranks.load_state_dict(layer.state_dict())
                 setattr(module, name, over_ranks.train(layer.training))

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from models.network import Network
+from models.norm import BatchNorm2d
 
 
 def resnet50(sobel: bool = False, seed: int | None = None, width: int = 1) -> Network:
@@ -38,7 +39,7 @@ def _resnet(
     with torch.device("meta"):  # shapes alone: the weights are drawn below
         stem = {
             "conv1": nn.Conv2d(2 if sobel else 3, channels, kernel, stride, kernel // 2, bias=False),
-            "bn1": nn.BatchNorm2d(channels),
+            "bn1": BatchNorm2d(channels),
             "relu": nn.ReLU(),
         }
         if not small:
@@ -72,9 +73,9 @@ def _stage(
     outputs = planes * block.expansion
     shortcut = None
     if stride != 1 or inputs != outputs:
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    first = block(inputs, planes, stride, shortcut)
-    return nn.Sequential(first, *[block(outputs, planes) for _ in range(count - 1)])
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), BatchNorm2d(outputs))
+    first = block(inputs, planes, stride, shortcut, norm_layer=BatchNorm2d)
+    return nn.Sequential(first, *[block(outputs, planes, norm_layer=BatchNorm2d) for _ in range(count - 1)])
 
 
 def initialise(convolutions: nn.Module, seed: int | None) -> None:
