@@ -115,6 +115,8 @@ def main(args: argparse.Namespace) -> list[Ascent]:
     net = weights.load(args.model)
     if args.arch and args.arch != net.arch:
         raise UserError(f"--arch {args.arch}: {args.model} holds {net.arch}; leave --arch out")
+    if not all(weight.isfinite().all() for weight in net.parameters()):
+        raise UserError(f"{args.model}: has weights that are not finite, the network has diverged")
     name = choose_map(net, args.conv, args.layer)
     channels = choose_channels(args.filters, net, name, args.idim)
     settings = choose_settings(args, net, name)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import checkpoint
+import models
 from models import Network
 from tests.helpers import ROOT, refuses
 from tests.visu.test_ascent import settled
@@ -164,3 +166,14 @@ def test_shell_scripts_pass_their_settings_on(script, settings, expected):
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].endswith(expected)
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_drawn(tmp_path):
+    net = models.build("tiny", seed=1)
+    with torch.no_grad():
+        next(net.body_parameters()).fill_(float("nan"))
+    torch.save({"arch": "tiny", "state_dict": net.state_dict()}, tmp_path / "nan.pth.tar")
+    flags = ["--model", str(tmp_path / "nan.pth.tar"), "--exp", str(tmp_path / "out")]
+    with refuses("nan.pth.tar: has weights that are not finite"):
+        gradient_ascent.main(gradient_ascent.get_parser().parse_args(flags))
+    assert not (tmp_path / "out").exists()
