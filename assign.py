@@ -191,7 +191,7 @@ def assign_images(
 
 
 def write_csv(images: ImageList, labels: np.ndarray, distances: np.ndarray, out: Path) -> None:
-    write_assignments(out, list(images.paths), labels, distances)
+    write_assignments(out, list(images.paths), (labels, distances))
 
 
 def write_pickle(images: ImageList, labels: np.ndarray, _: np.ndarray, out: Path) -> None:

@@ -34,7 +34,7 @@ def make_run(tmp_path, names=("u/0.png", "u/1.png", "v/2.png")):
     images, exp = make_folder(tmp_path / "images", list(names)), tmp_path / "exp"
     exp.mkdir()
     labels, distances = np.arange(len(names)) % 2, np.linspace(0.9, 0.1, len(names))
-    logs.write_assignments(exp / "assignments.csv", list(names), labels, distances)
+    logs.write_assignments(exp / "assignments.csv", list(names), (labels, distances))
     (exp / "config.json").write_text(json.dumps({"args": {"dir": str(tmp_path / "images"), "shards": None}}))
     logs.append_line(exp / "log.jsonl", {"epoch": 0, "clusters": {"number": 7}})
     logs.append_line(exp / "log.jsonl", {"epoch": 1, "clusters": {"number": 5}})
@@ -112,7 +112,7 @@ def test_of_several_heads_the_first_is_shown(tmp_path):
 
 def test_csv_of_two_columns_and_names_with_line_breaks(tmp_path):
     names = ["line\nbreak.png", 'q"uote,.png', "写真.png"]
-    logs.write_assignments(tmp_path / "three.csv", names, np.array([2, 0, 1]), np.array([0.25, 0.5, 1]))
+    logs.write_assignments(tmp_path / "three.csv", names, (np.array([2, 0, 1]), np.array([0.25, 0.5, 1])))
     paths, labels, distances = clusters.read_assignments(tmp_path / "three.csv")
     assert paths == names and labels.tolist() == [2, 0, 1] and distances.tolist() == [0.25, 0.5, 1]
     (tmp_path / "two.csv").write_bytes(b"path,cluster\r\ncaf\xe9.png,7\r\n")
