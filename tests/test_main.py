@@ -258,8 +258,8 @@ def test_crops_are_decoded_once_with_a_cache_and_the_run_is_the_same(photos, tmp
     assert_same_run(exp, whole)
     train(photos, tmp_path / "again", "--epochs", 1, "--crop-cache", tmp_path / "cache")
     assert len(decoded) == 60
-    train(photos, tmp_path / "off", "--epochs", 1)
-    assert len(decoded) == 120
+    train(photos, tmp_path / "off", "--epochs", 1, "--crop-cache", "off")
+    assert len(decoded) == 120 and not list(tmp_path.rglob("off/*.cache"))
 
 
 def test_a_compiled_step_trains_the_same_within_rounding(photos, tmp_path, monkeypatch):
