@@ -333,7 +333,7 @@ def test_two_processes_do_what_one_does(small_vocdir, tmp_path):
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     scores = [np.load(tmp_path / exp / script.SCORES)["scores"] for exp in launchers]
-    assert np.allclose(*scores, atol=1e-4)
+    assert np.allclose(*scores, rtol=1e-4, atol=5e-3)  # sums of ten logits, up to 18
 
 
 @pytest.mark.parametrize(
