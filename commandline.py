@@ -94,6 +94,13 @@ def power_of_ten(text: str) -> float:
     return value
 
 
+def cache_folder(text: str) -> str | None:
+    """The folder of --crop-cache; None for the `off` of older command lines."""
+    if text == "auto":
+        raise argparse.ArgumentTypeError("auto: no folder is chosen any more, name one (or leave it out)")
+    return None if text == "off" else text
+
+
 def add_data(parser: argparse._ActionsContainer) -> None:
     """The images: DIR or --shards."""
     parser.add_argument("dir", metavar="DIR", nargs="?", help="a folder of images or a .txt file of paths")
@@ -243,6 +250,7 @@ def add_crop_cache(group: argparse._ActionsContainer) -> None:
     """Of the methods that extract the features of all images again and again."""
     group.add_argument(
         "--crop-cache",
+        type=cache_folder,
         metavar="FOLDER",
         help="keep the exact central crops in a file there, so "
         "that feature passes after the first do not decode (150 KB an image at 224 pixels)",

@@ -8,26 +8,8 @@ crop is the photograph that it was cut from. A complete folder is reused, an inc
 """
 
 import argparse
-import hashlib
-import json
-import os
-import shutil
-import time
-from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
-import util
 from commandline import Parser, add_seed, at_least
-
-PICTURES = Path(__file__).resolve().parent / "demo" / "pictures"
-MANIFEST = "demo.json"  # says what the folder holds; there is one in every folder that this script made
-TRAIN_SHARE = 0.75  # of each picture's width, from the left; the rest is for val
-SIDE = (0.20, 0.45)  # of the picture's shorter side
-STORED = (64, 96)  # smallest and largest side of a stored crop, in pixels
-FLAT, TRIES = 4.0, 20  # grey levels (0..255) that deviate less show nothing: draw again, at most so often
-QUALITY = 90  # of the JPEG files
 
 
 def get_parser() -> Parser:
@@ -42,6 +24,30 @@ def get_parser() -> Parser:
     )
     add_seed(parser)
     return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_parser().parse_args()  # before the imports that take seconds
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+import util
+
+PICTURES = Path(__file__).resolve().parent / "demo" / "pictures"
+MANIFEST = "demo.json"  # says what the folder holds; there is one in every folder that this script made
+TRAIN_SHARE = 0.75  # of each picture's width, from the left; the rest is for val
+SIDE = (0.20, 0.45)  # of the picture's shorter side
+STORED = (64, 96)  # smallest and largest side of a stored crop, in pixels
+FLAT, TRIES = 4.0, 20  # grey levels (0..255) that deviate less show nothing: draw again, at most so often
+QUALITY = 90  # of the JPEG files
 
 
 # ---------------------------------------------------------------------------------------- crops
@@ -182,4 +188,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    util.run_main(main, get_parser().parse_args())
+    util.run_main(main, ARGS)

@@ -229,10 +229,13 @@ class Settings:
         batch: int | None = None,
         precision: str | None = None,
     ) -> "Settings":
-        """run: the settings in a checkpoint; the authors' files have none.
+        """run: the settings in a checkpoint; the authors' files have none. Of several crops the first counts.
 
         Raises UserError if the device cannot, and for settings in a file that no run has.
         """
+        crops = run.get("size_crops")
+        first = crops[0] if isinstance(crops, list) and crops else None
+        run = {"image_size": first, "batch": run.get("batch_size")} | run
         precision = precision or possible_precision(run.get("precision") or "fp32", device)
         set_precision(precision, device)
         return cls(

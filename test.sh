@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests.
 #
-#   ./test.sh                      the whole suite, with the coverage of the algorithm modules (at least 90 %)
+#   ./test.sh                      the whole suite, with the coverage of the modules below the scripts (at least 90 %)
 #   ./test.sh tests/test_data.py   some of it: anything that pytest understands
 #
 # PYTHON=... names an interpreter to use instead of making .venv.
@@ -14,7 +14,7 @@ cd "$root"
 
 coverage=()
 if [[ $# -eq 0 ]]; then
-    for module in checkpoint clustering data features models sampling; do
+    for module in algorithms checkpoint clustering data evaluation features models training; do
         coverage+=("--cov=$module")
     done
     coverage+=(--cov-report=term-missing:skip-covered --cov-fail-under=90)

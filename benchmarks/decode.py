@@ -28,11 +28,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import cache
-import shards
-
 import data
 import util
+from data.shards import list_shards
 from tools import make_shards
 
 WIDTH, HEIGHT = 500, 375
@@ -121,10 +119,10 @@ def fastest(ways: dict[str, Callable[[int], object]], count: int, rounds: int) -
 def per_core(images: data.ImageList, paths: list[Path], rounds: int) -> None:
     """Both views against Pillow's, with normalisation of ours inside and outside the measurement."""
     crops = {"central": (CENTRAL, data.central_crop(224)), "train": (TRAIN, data.train_crop(224))}
-    train_view = data.TrainView(images, 224, seed=0, epoch=0)
+    train_view = data.RandomView(images, data.train_crop(224))
     seeds = [util.derive_seed(0, "crop", 0, i) for i in range(len(images))]
     plain_central, plain_train = pillow_pipeline(CENTRAL), pillow_pipeline(TRAIN)
-    central_view = data.CentralView(images, 224)
+    central_view = data.PlainView(images, data.central_crop(224))
 
     def pillow_train(i: int) -> None:
         torch.default_generator.manual_seed(seeds[i])  # the same boxes as ours
@@ -165,7 +163,7 @@ def difference(paths: list[Path], plain: Callable, ours: Callable) -> tuple[int,
         torch.manual_seed(i)
         expected = np.asarray(plain(Image.open(path).convert("RGB"))).astype(int)
         torch.manual_seed(i)
-        error = np.abs(expected - ours(data.decode(path)).permute(1, 2, 0).numpy())
+        error = np.abs(expected - ours(data.decode_file(path)).permute(1, 2, 0).numpy())
         largest = max(largest, int(error.max()))
         means.append(error.mean())
     return largest, float(np.mean(means))
@@ -173,10 +171,11 @@ def difference(paths: list[Path], plain: Callable, ours: Callable) -> tuple[int,
 
 def crop_cache(images: data.ImageList, folder: Path, rounds: int) -> None:
     """Central crops read from the cache against decoding; filling it against not filling it."""
-    filled = cache.CropCache(folder, images, 224)
-    filled.fill(images, batch=64, workers=0)
-    plain, cached = data.CentralView(images, 224), data.CentralView(images, 224, cache=filled)
+    filled, crop = data.CropCache(folder, images, 224), data.central_crop(224)
+    plain, cached = data.PlainView(images, crop), data.PlainView(images, crop, filled)
     views = [plain[i][0] for i in range(len(images))]
+    for i, view in enumerate(views):
+        filled.write(i, view)
     assert all(torch.equal(cached[i][0], view) for i, view in enumerate(views))
     ways = {
         "decode and crop": lambda i: plain[i],
@@ -198,9 +197,9 @@ def shrunk_shards(images: data.ImageList, folder: Path, rounds: int) -> None:
         arguments = [str(images.root), pattern, "--workers", "0", *options]
         with contextlib.redirect_stdout(io.StringIO()):
             written = make_shards.main(make_shards.get_parser().parse_args(arguments))
-        lists[name] = shards.list_shards(written[0])
+        lists[name] = list_shards(written[0])
     crop = data.central_crop(224)
-    views = {name: data.CentralView(listed, 224) for name, listed in lists.items()}
+    views = {name: data.PlainView(listed, data.central_crop(224)) for name, listed in lists.items()}
     ways = {f"{name}: decode": listed.decode for name, listed in lists.items()}
     ways |= {f"{name}: central": view.__getitem__ for name, view in views.items()}
     best = fastest(ways, len(images), rounds)
@@ -285,13 +284,15 @@ class PillowDataSet(Dataset):
 def loader(images: data.ImageList, workers: int, rounds: int) -> None:
     """Whole loaders with worker processes, batch 64, on a list long enough to hide their start."""
     images = data.ImageList(images.root, [images.paths[i % len(images)] for i in range(1024)])
+    device = torch.device("cpu")
     order = [(i, i) for i in range(len(images))]
-    train_view = data.TrainView(images, 224, seed=0, epoch=0)
+    central_view = data.PlainView(images, data.central_crop(224))
+    train_view = data.RandomView(images, data.train_crop(224))
     ways = {
         "central, Pillow": lambda: DataLoader(PillowDataSet(images, CENTRAL), 64, num_workers=workers),
-        "central, ours": lambda: data.make_loader(data.CentralView(images, 224), 64, workers),
+        "central, ours": lambda: data.make_loader(central_view, 64, workers, device),
         "train, Pillow": lambda: DataLoader(PillowDataSet(images, TRAIN), 64, num_workers=workers),
-        "train, ours": lambda: data.make_loader(train_view, 64, workers, sampler=order),
+        "train, ours": lambda: data.make_loader(train_view, 64, workers, device, sampler=order),
     }
     best = dict.fromkeys(ways, float("inf"))
     for _ in range(min(rounds, 3)):

@@ -21,8 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import distributed
+from algorithms.agreement import compare
 from benchmarks.kmeans import make_points
-from clustering import Assignment, compare, kmeans, kmeans_distributed
+from clustering import Assignment, kmeans
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -51,12 +52,12 @@ def on_rank(rank: int, size: int, port: int, args: argparse.Namespace, seed: int
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size)}
     distributed.init("cpu")
     use_threads(args.threads)
-    rows = distributed.shard(args.points)
+    rows = distributed.share_of(args.points)
     x = make_points(args.points, args.width, args.k)[rows.start : rows.stop].copy()
-    distributed.barrier()
+    distributed.gather_objects(None)  # all are ready
     start = time.perf_counter()
-    result = kmeans_distributed(x, args.k, seed)
-    distributed.barrier()
+    result = kmeans(x, args.k, seed, ranks=True)
+    distributed.gather_objects(None)
     if distributed.is_main():
         torch.save((time.perf_counter() - start, result.state_dict()), path)
     distributed.shutdown()

@@ -15,6 +15,8 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-import features
 import models
-from util import UserError, choose_device
+from commandline import PRECISIONS
+from features import activations_of
+from util import UserError, choose_device, set_precision
 
 PICTURES = Path(__file__).resolve().parent.parent / "demo" / "pictures"
 
@@ -58,62 +61,73 @@ def best_of(ways: dict, rounds: int) -> dict[str, float]:
 
 
 def available_precisions(device: torch.device) -> list[str]:
+    """The precisions that this device computes in."""
     found = []
-    for precision in features.PRECISIONS:
+    for precision in PRECISIONS:
         try:
-            features.set_precision(precision, device)
+            set_precision(precision, device)
             found.append(precision)
         except UserError:
             pass
     return found
 
 
+class Race:
+    """The ways to get the features of some JPEG files."""
+
+    def __init__(self, arch: str, folder: Path, batch: int, workers: int, device: torch.device) -> None:
+        self.device = device
+        self.plain = models.build(arch, sobel=True, seed=0).eval().to(device)  # contiguous, as constructed
+        self.net = models.build(arch, sobel=True, seed=0).eval().to(device)
+        self.view = data.PlainView(data.list_images(folder), data.central_crop(224))
+        self.load = lambda: data.make_loader(self.view, batch, workers, device)
+        self.batches = list(data.make_loader(self.view, batch, 0, device))
+
+    @torch.inference_mode()
+    def plain_forward(self) -> None:
+        """Float32, contiguous, batch norm as it stands."""
+        with set_precision("fp32", self.device):
+            for batch in self.batches:
+                x = data.normalise(batch.views.to(self.device).contiguous())
+                self.plain.activations(x, [self.plain.feature])
+
+    def ours(self, batches: Iterable[data.views.Batch], precision: str) -> None:
+        """As features.extract_features computes and keeps them."""
+        feature = self.net.feature
+        for found, _ in activations_of(self.net, [feature], batches, self.device, precision):
+            found[feature].cpu().numpy()
+
+    def decode(self) -> None:
+        """The loader alone."""
+        for _ in self.load():
+            pass
+
+
 def main(args: argparse.Namespace) -> None:
+    """Time both and print the tables."""
     device = choose_device(args.device)
-    net = models.build(args.arch, sobel=True, seed=0).eval()
-    plain = models.build(args.arch, sobel=True, seed=0).eval().to(device)  # contiguous, as constructed
-    net = net.to(device, memory_format=torch.channels_last)
+    precisions = available_precisions(device)
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), args.images)
-        images = data.list_images(folder)
-        view = data.CentralView(images, 224)
-        batches = list(data.make_loader(view, args.batch, 0))
-
-        @torch.inference_mode()
-        def plain_forward() -> None:
-            features.set_precision("fp32", device)
-            for batch, _ in batches:
-                plain.activations(data.normalise(batch.to(device).contiguous()), [models.FEATURE])
-
-        def ours(precision: str, loader):
-            return features.extract_features(net, loader, models.FEATURE, len(images), device, precision)
-
-        precisions = available_precisions(device)
-        ways = {"plain": plain_forward}
-        ways |= {f"ours {p}": (lambda p=p: ours(p, batches)) for p in precisions}
+        race = Race(args.arch, Path(folder), args.batch, args.workers, device)
+        ways = {"plain": race.plain_forward}
+        ways |= {f"ours {p}": partial(race.ours, race.batches, p) for p in precisions}
         seconds = best_of(ways, args.rounds)
-        print(f"{args.arch}, {len(images)} images at 224 on {device}, {torch.get_num_threads()} threads")
+        print(f"{args.arch}, {args.images} images at 224 on {device}, {torch.get_num_threads()} threads")
         print(f"{'forward alone':<16} {'img/s':>8} {'ratio':>7}")
         for name, value in seconds.items():
-            print(f"{name:<16} {len(images) / value:8.0f} {seconds['plain'] / value:7.2f}")
+            print(f"{name:<16} {args.images / value:8.0f} {seconds['plain'] / value:7.2f}")
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-        def decode() -> None:
-            for _ in data.make_loader(view, args.batch, args.workers):
-                pass
-
-        loading = {"decode alone": decode}
-        loading |= {
-            f"whole {p}": (lambda p=p: ours(p, data.make_loader(view, args.batch, args.workers)))
-            for p in precisions
-        }
+        loading = {"decode alone": race.decode}
+        loading |= {f"whole {p}": lambda p=p: race.ours(race.load(), p) for p in precisions}
         whole = best_of(loading, args.rounds)
         print(f"\n{'from JPEG, ' + str(args.workers) + ' worker(s)':<28} {'img/s':>8} {'of the slower':>14}")
-        print(f"{'decode alone':<28} {len(images) / whole['decode alone']:8.0f}")
+        print(f"{'decode alone':<28} {args.images / whole['decode alone']:8.0f}")
         for p in precisions:
             slower = max(whole["decode alone"], seconds[f"ours {p}"])
-            rate, part = len(images) / whole[f"whole {p}"], slower / whole[f"whole {p}"]
+            rate, part = args.images / whole[f"whole {p}"], slower / whole[f"whole {p}"]
             print(f"{'whole ' + p:<28} {rate:8.0f} {part:14.2f}")
 
 

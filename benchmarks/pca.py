@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clustering
+from algorithms.pca import normalise_rows
 from tests import reference
 
 SAMPLE = 2000  # rows whose inner products are compared
@@ -57,7 +58,7 @@ def by_faiss(features: np.ndarray, dim: int) -> np.ndarray:
     """The plain way: PCAMatrix with whitening, then normalised rows."""
     matrix = faiss.PCAMatrix(features.shape[1], dim, -0.5)
     matrix.train(features)
-    return clustering.normalise_rows(matrix.apply(features))
+    return normalise_rows(matrix.apply(features))
 
 
 def by_us(features: np.ndarray, dim: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from clustering import nearest_neighbours, pic_labels
+from algorithms.pic import nearest_neighbours, pic_labels
 from tests import reference
 
 

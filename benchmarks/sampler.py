@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sampling import uniform_draws
-
-from clustering import compare
+from algorithms.agreement import compare
+from data.sampling import uniform_draws
 from tests import reference
 
 

@@ -4,10 +4,11 @@
     python benchmarks/train_step.py --batch 64 --rounds 2 # quicker
     python benchmarks/train_step.py --device cuda
 
-A step is that of main.train_epoch: uint8 crops to the device, normalised, forward with dropout, cross-entropy
-of the labels, backward, SGD with momentum for the body and without for the head. The plain step is what one
-writes first: float32, NCHW, SGD as a loop over the parameters. The ways take turns; each figure is the best
-of several rounds. Compiling is timed apart, and once more after the head was replaced, as an epoch does.
+A step is that of training/steps.py: uint8 crops to the device, normalised, forward with dropout,
+cross-entropy of the labels, backward, SGD with momentum for the body and without for the head. The plain step
+is what one writes first: float32, NCHW, SGD as a loop over the parameters. The ways take turns; each figure
+is the best of several rounds. Compiling is timed apart, and once more after the head was replaced, as an
+epoch does.
 
 Then every way makes 100 steps from the same weights on the same small images, whose labels can be learnt: how
 far do the losses drift apart? `plain, other dropout` shows how far chance alone takes them.
@@ -27,8 +28,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import models
-from features import cpu_has_amx, set_precision
-from util import add_device_argument, choose_device, run_main
+from commandline import add_device
+from util import choose_device, cpu_has_bf16, run_main, set_precision
 
 GOAL = 1.5
 MOMENTUM, DECAY = 0.9, 1e-5  # main.py's defaults
@@ -57,7 +58,7 @@ def ways_for(device: torch.device, compiled: bool) -> list[Way]:
     ]
     if device.type == "cuda":
         ways.append(Way("main.py tf32", "tf32", **fast))
-    if device.type == "cuda" or cpu_has_amx():
+    if device.type == "cuda" or cpu_has_bf16():
         ways.append(Way("main.py bf16", "bf16", **fast))
     if device.type == "cuda":
         ways.append(Way("main.py fp16, scaler", "fp16", **fast))
@@ -216,7 +217,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loss-lr", type=float, default=0.01, help="default: %(default)s, as small data want"
     )
-    add_device_argument(parser)
+    add_device(parser)
     return parser
 
 

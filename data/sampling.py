@@ -76,23 +76,6 @@ def _shuffled_within_clusters(labels: np.ndarray, rng: np.random.Generator) -> n
 SAMPLERS = {"uniform": uniform_draws, "released": released_draws}
 
 
-class DrawSampler(Sampler[tuple[int, int]]):
-    """Yields (position in the epoch, image index) for the draws from position `first` on.
-
-    The position goes along because the randomness of a crop depends on it: an image may be drawn twice.
-    """
-
-    def __init__(self, draws: np.ndarray, first: int = 0) -> None:
-        self.draws, self.first = draws, first
-
-    def __len__(self) -> int:
-        return max(len(self.draws) - self.first, 0)
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for position in range(self.first, len(self.draws)):
-            yield position, int(self.draws[position])
-
-
 class ShareSampler(Sampler[list[tuple[int, ...]]]):
     """One rank's part of the global batches: lists of (position in the epoch, image index, ...).
 

@@ -71,7 +71,8 @@ class ShardList(ImageList):
     def read(self, i: int) -> bytes:
         """The bytes of image i."""
         shard, offset, size = self.where[i].tolist()
-        return os.pread(_handle(self.shards[shard]).fd, size, offset)
+        handle = _handle(self.shards[shard])  # held until the bytes are there
+        return os.pread(handle.fd, size, offset)
 
     def stamps(self) -> np.ndarray:
         """(N, 3) int64 that change when a shard does: its mtime and ctime (ns), and where the image lies."""

@@ -17,18 +17,20 @@ from models.network import Network
 from util import UserError, derive_seed
 
 HEADS = ("top_layer.", "prototypes.")  # not part of a network where only that is wanted
-OTHER_NAMES = {"body.": "", "pred_layer.": "top_layer.", "fc.": "top_layer."}  # of DeeperCluster, torchvision
+# Names of parameters in files of others: a file that has the first one has them all.
+OTHER_NAMES = {
+    "body.features.0.weight": {"body.": "", "pred_layer.": "top_layer."},  # DeeperCluster
+    "layer1.0.conv1.weight": {"fc.": "top_layer."},  # torchvision's ResNets
+}
 
 
 def clean_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our names of parameters: without DataParallel's `module.` at whatever level it stands, and the like."""
-    clean = {}
-    for name, value in state_dict.items():
-        name = re.sub(r"(^|\.)module\.", r"\1", name)
-        for other, ours in OTHER_NAMES.items():
-            if name.startswith(other):
-                name = ours + name.removeprefix(other)
-        clean[name] = value
+    clean = {re.sub(r"(^|\.)module\.", r"\1", name): value for name, value in state_dict.items()}
+    for mark, names in OTHER_NAMES.items():
+        if mark in clean:
+            for other, ours in names.items():
+                clean = {re.sub(f"^{re.escape(other)}", ours, name): clean[name] for name in clean}
     return clean
 
 
@@ -43,7 +45,7 @@ def model_weights(state: dict[str, Any], path: str | Path) -> tuple[str, dict[st
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
     ):
         raise UserError(f"{path}: no state_dict of tensors in this file")
-    wide = any(name.removeprefix("module.").startswith("body.") for name in weights)
+    wide = any(re.match(r"(module\.)?body\.(module\.)?features\.", name) for name in weights)
     weights = clean_keys(weights)
     word = state.get("arch")
     arch = word if isinstance(word, str) and word in models.ARCHITECTURES else guess_arch(weights)

@@ -10,18 +10,10 @@ from PIL import Image
 import checkpoint
 import eval_linear
 import models
-from tests.tiny import tiny
+from tests.helpers import equal
 
 SIZE = 64
 COLOURS = {"blue": (60, 90, 170), "green": (70, 150, 60), "red": (190, 80, 70)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_network():
-    """`tiny`, for all but the protocol."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.ARCHITECTURES, "tiny", tiny)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -79,28 +71,12 @@ def run(evaluate, tmp_path):
     return lambda *flags: evaluate(tmp_path / "exp", *flags)
 
 
-def assert_same(a, b) -> None:
-    """Equal bit for bit: nested containers of tensors and plain values."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
 def assert_same_classifier(one: Path, other: Path, layer: str, but: tuple[str, ...] = ()) -> None:
     """The files of a layer in two folders, but for some lines of the protocol."""
     for which in ("last", "best"):
         states = [checkpoint.read(exp / f"{layer}_{which}.pth.tar") for exp in (one, other)]
         for state in states:
             state["protocol"] = {k: v for k, v in state["protocol"].items() if k not in but}
-        assert_same(*states)
+        assert equal(*states), (layer, which)
     log = f"{layer}_log.jsonl"
     assert (one / log).read_text() == (other / log).read_text()

@@ -27,7 +27,6 @@ from tests.linear_runs import (  # noqa: F401
     folder,
     model,
     run,
-    small_network,
 )
 
 ROOT = Path(__file__).resolve().parent.parent

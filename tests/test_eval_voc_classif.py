@@ -1,10 +1,10 @@
-"""eval_voc_classif.py: what trains, order and crops, resuming, scores, and the whole way."""
+"""eval_voc_classif.py: what trains, order and crops, scores, and the whole way."""
 
-import argparse
+# ruff: noqa: F811 (fixtures are imported, and asked for by name)
+
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from functools import partial
@@ -25,52 +25,13 @@ from features import Pass
 from models.flat import conv_block, flat
 from models.network import Pool
 from models.weights import build_from
-from tests.helpers import ROOT, equal, refuses
+from tests.helpers import ROOT, refuses
 from tests.voc_folder import CLASSES, make_voc
+from tests.voc_runs import CPU, SIZE, arguments, model, save_network, small_vocdir, state, vocdir  # noqa: F401
 from training.optim import sgd
 from training.run import Run
 from training.steps import Steps
-from util import Log, Preempted, UserError
-
-CPU = torch.device("cpu")
-SIZE = 32
-
-
-@pytest.fixture(scope="module")
-def vocdir(tmp_path_factory) -> Path:
-    return make_voc(tmp_path_factory.mktemp("voc"))
-
-
-@pytest.fixture(scope="module")
-def small_vocdir(tmp_path_factory) -> Path:
-    return make_voc(tmp_path_factory.mktemp("small"), number=8)
-
-
-def save_network(path: Path, arch: str = "tiny", sobel: bool = False) -> Path:
-    """A checkpoint as the training leaves it: with batch-norm statistics and a head of 7."""
-    net = models.build(arch, sobel, 7, seed=1)
-    for layer in net.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.fill_(0.1)
-            layer.running_var.fill_(0.5)
-    checkpoint.save(path, {"arch": arch, "state_dict": net.state_dict()})
-    return path
-
-
-@pytest.fixture
-def model(tmp_path) -> Path:
-    return save_network(tmp_path / "model.pth.tar")
-
-
-def arguments(vocdir: Path, model: Path | None, exp: Path, *flags: str) -> argparse.Namespace:
-    base = ["--vocdir", str(vocdir), "--exp", str(exp), "--image-size", str(SIZE), "--workers", "0"]
-    base += ["--device", "cpu", "--nit", "5", "--batch", "7", "--model", str(model)]
-    return script.get_parser().parse_args(base + list(flags))
-
-
-def state(exp: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.read(exp / script.CHECKPOINT)["state_dict"]
-
+from util import Log, UserError
 
 # ---------------------------------------------------------------------------------------- before the work
 
@@ -271,113 +232,6 @@ def test_crops_are_squares_of_10_to_50_percent_of_the_area():
     assert 60 < int((wide < 0).sum()) < 140  # mirrored
 
 
-# ---------------------------------------------------------------------------------------- going on
-
-
-class Stop(Exception):
-    pass
-
-
-@pytest.mark.parametrize("resume", ["path", "auto"])
-@pytest.mark.parametrize("fc6_8", ["0", "1"])
-def test_resumed_run_equals_uninterrupted_run(vocdir, tmp_path, model, fc6_8, resume):
-    flags = ("--nit", "11", "--stepsize", "4", "--lr", "0.01", "--fc6_8", fc6_8, "--train_batchnorm", "1")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected = script.main(arguments(vocdir, model, whole, *flags))
-
-    def stop_after_seven(steps, batch, total, iteration, stop, step=Steps.step):
-        if iteration == 7:
-            raise Stop
-        return step(steps, batch, total, iteration, stop)
-
-    # Stopped in the second epoch, after the checkpoint of iteration 6, with one more step taken and lost.
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(Steps, "step", stop_after_seven)
-        script.main(arguments(vocdir, model, parts, *flags, "--checkpoint-every", "3"))
-    saved = parts / script.CHECKPOINT
-    assert checkpoint.read(saved)["iteration"] == 6
-    assert not (parts / "checkpoints").exists()  # the last one alone is kept
-    resume = str(saved) if resume == "path" else "auto"
-    results = script.main(arguments(vocdir, model, parts, *flags, "--resume", resume))
-
-    assert results == expected
-    assert equal(state(parts), state(whole))
-    scores = [np.load(exp / script.SCORES)["scores"] for exp in (whole, parts)]
-    assert np.array_equal(*scores)
-
-
-def test_signal_ends_the_run_with_a_checkpoint_from_which_it_goes_on(vocdir, tmp_path, model):
-    flags = ("--nit", "9")
-
-    def signalled(steps, batch, total, iteration, stop, step=Steps.step):
-        if iteration == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(steps, batch, total, iteration, stop)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted, match="--resume auto"):
-        patch.setattr(Steps, "step", signalled)
-        script.main(arguments(vocdir, model, tmp_path / "parts", *flags))
-    assert checkpoint.read(tmp_path / "parts" / script.CHECKPOINT)["iteration"] == 4
-    results = script.main(arguments(vocdir, model, tmp_path / "parts", *flags, "--resume", "auto"))
-    assert results == script.main(arguments(vocdir, model, tmp_path / "whole", *flags))
-    assert equal(state(tmp_path / "parts"), state(tmp_path / "whole"))
-
-
-# In the middle of an epoch, at its end, and where one image is left over for the last batch.
-@pytest.mark.parametrize(("nit", "batch"), [("5", "7"), ("8", "7"), ("5", "23")])
-def test_finished_run_goes_on_to_more_iterations(vocdir, tmp_path, model, nit, batch):
-    flags = ("--batch", batch, "--nit")
-    script.main(arguments(vocdir, model, tmp_path / "exp", *flags, nit))
-    assert checkpoint.read(tmp_path / "exp" / script.CHECKPOINT)["iteration"] == int(nit)
-    again = script.main(arguments(vocdir, model, tmp_path / "exp", *flags, nit, "--resume", "auto"))
-    assert "nothing to train" in (tmp_path / "exp" / script.LOG).read_text()
-    results = script.main(arguments(vocdir, model, tmp_path / "exp", *flags, "11", "--resume", "auto"))
-    whole = script.main(arguments(vocdir, model, tmp_path / "whole", *flags, "11"))
-    assert results == whole != again
-    assert equal(state(tmp_path / "exp"), state(tmp_path / "whole"))
-
-
-def test_checkpoint_goes_on_only_with_the_same_settings(vocdir, tmp_path, model):
-    exp = tmp_path / "exp"
-    script.main(arguments(vocdir, model, exp))
-    resume = ("--resume", str(exp / script.CHECKPOINT))
-    other = save_network(tmp_path / "other.pth.tar")
-    for flags, words in (
-        (("--batch", "8"), "batch 7, not 8"),
-        (("--fc6_8", "0"), "fc6_8 1, not 0"),
-        (("--train_batchnorm", "1"), "train_batchnorm 0, not 1"),
-        (("--split", "trainval"), "split train, not trainval"),
-        (("--seed", "1"), "seed 31, not 1"),
-        (("--nit", "4"), "more than --nit 4"),
-        (("--model", str(other)), r"not .*other\.pth\.tar"),
-    ):
-        with refuses(words):
-            script.main(arguments(vocdir, model, exp, *resume, *flags))
-    with refuses("other images or labels"):
-        script.main(arguments(make_voc(tmp_path, number=4), model, exp, *resume))
-    with refuses("not a checkpoint of a run"):
-        script.main(arguments(vocdir, model, tmp_path / "new", "--resume", str(model)))
-    script.main(arguments(vocdir, model, exp, *resume, "--lr", "0.002", "--nit", "6"))
-    assert "lr was 0.003 and is 0.002" in (exp / script.LOG).read_text()
-
-
-def test_another_run_is_not_overwritten(vocdir, tmp_path, model):
-    script.main(arguments(vocdir, model, tmp_path / "exp"))
-    with refuses(r"holds another run \(voc_classif.pth.tar\); continue it with --resume"):
-        script.main(arguments(vocdir, model, tmp_path / "exp", "--nit", "2"))
-
-
-def test_run_lies_beside_the_run_that_it_evaluates(vocdir, tmp_path, model):
-    """Nothing of a training in the same folder is touched."""
-    exp = tmp_path / "exp"
-    for name in ("checkpoint.pth.tar", "log.jsonl", "train.log", "config.json"):
-        (exp / name).parent.mkdir(exist_ok=True)
-        (exp / name).write_text("of the training")
-    script.main(arguments(vocdir, model, exp))
-    for name in ("checkpoint.pth.tar", "log.jsonl", "train.log", "config.json"):
-        assert (exp / name).read_text() == "of the training"
-
-
 # ---------------------------------------------------------------------------------------- evaluation
 
 
@@ -479,7 +333,7 @@ def test_two_processes_do_what_one_does(small_vocdir, tmp_path):
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
     scores = [np.load(tmp_path / exp / script.SCORES)["scores"] for exp in launchers]
-    assert np.allclose(*scores, atol=1e-4)
+    assert np.allclose(*scores, rtol=1e-4, atol=5e-3)  # sums of ten logits, up to 18
 
 
 @pytest.mark.parametrize(

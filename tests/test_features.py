@@ -199,6 +199,9 @@ def test_settings_are_those_asked_for_else_the_runs_else_the_papers():
     assert (chosen.image_size, chosen.batch) == (64, 3)
     paper = features.Settings.choose({}, CPU)
     assert (paper.image_size, paper.batch, paper.precision, paper.scaled) == (224, 256, "fp32", False)
+    several = {"size_crops": [96, 32], "batch_size": 8}  # of multi-crop, the first crops
+    chosen = features.Settings.choose(several, CPU)
+    assert (chosen.image_size, chosen.batch) == (96, 8)
     with refuses("--precision tf32: for CUDA GPUs only"):
         features.Settings.choose({}, CPU, precision="tf32")
 

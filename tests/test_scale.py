@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from benchmarks import scale
+from benchmarks import epoch, scale
+from tests.helpers import ROOT
 from util import UserError
 
-JOB = scale.Job(1000, 10, nodes=1, gpus=1, batch=100)
+JOB = epoch.Job(1000, 10, nodes=1, gpus=1, batch=100)
 
 
 def test_counted_flops_of_alexnet_equal_the_sum_over_its_layers():
@@ -16,46 +16,35 @@ def test_counted_flops_of_alexnet_equal_the_sum_over_its_layers():
     macs = sum(side**2 * kernel**2 * inputs * outputs for side, kernel, inputs, outputs in convs)
     macs += 9216 * 4096 + 4096 * 4096
     macs += 224**2 * (3 + 2 * 9)  # grey, Sobel
-    assert scale.count("alexnet").forward == 2 * macs
+    assert epoch.count("alexnet").forward == 2 * macs
     parameters = sum(k**2 * i * o + 3 * o for _, k, i, o in convs) + 9217 * 4096 + 4097 * 4096
-    assert scale.count("alexnet").body == parameters
+    assert epoch.count("alexnet").body == parameters
 
 
 def test_all_reduce_is_free_on_one_gpu_and_a_ring_on_two():
-    assert scale.all_reduce(1e9, JOB) == 0
-    ring = 1e9 / (scale.NVLINK * scale.ASSUMED["links"])  # 2 (2 - 1) / 2 = 1
-    assert scale.all_reduce(1e9, replace(JOB, gpus=2)) == pytest.approx(ring)
-    assert scale.all_reduce(1e9, replace(JOB, gpus=2, nodes=2)) > 5 * ring  # the network is slower
+    assert epoch.all_reduce(1e9, JOB) == 0
+    ring = 1e9 / (epoch.NVLINK * epoch.ASSUMED["links"])  # 2 (2 - 1) / 2 = 1
+    assert epoch.all_reduce(1e9, replace(JOB, gpus=2)) == pytest.approx(ring)
+    assert epoch.all_reduce(1e9, replace(JOB, gpus=2, nodes=2)) > 5 * ring  # the network is slower
 
 
 def test_arithmetic_is_divided_over_ranks_but_sgd_is_not():
     one, four = JOB, replace(JOB, gpus=4)
-    assert scale.feature_forward(one) == pytest.approx(4 * scale.feature_forward(four))
-    sgd = (4 * scale.step_arithmetic(four) - scale.step_arithmetic(one)) / 3
+    assert epoch.feature_forward(one) == pytest.approx(4 * epoch.feature_forward(four))
+    sgd = (4 * epoch.step_arithmetic(four) - epoch.step_arithmetic(one)) / 3
     moved = 4 * (5 * one.network.body + 3 * one.head) * one.steps
-    assert sgd == pytest.approx(moved / (scale.HBM * scale.ASSUMED["links"]))
+    assert sgd == pytest.approx(moved / (epoch.HBM * epoch.ASSUMED["links"]))
 
 
 def test_an_epoch_is_the_sum_of_its_passes_and_a_pass_its_slowest_part():
-    found = scale.phases(scale.JOBS["ImageNet, 1 GPU"])
+    found = epoch.phases(scale.JOBS["ImageNet, 1 GPU"])
     names = ("feature pass", "PCA", "k-means", "labels, sampler, logs", "training pass", "checkpoint")
     assert found["epoch"] == pytest.approx(sum(found[name] for name in names))
     assert found["feature pass"] == max(found["- read"], found["- decode and crop"], found["- forward"])
 
 
-def test_fit_finds_the_costs_that_made_the_seconds():
-    scale.register()
-    costs = np.array([0.1, 2e-4, 3e-11, 4e-9, 5e-9])
-    configs = [*scale.FITTED, *(replace(c, processes=2) for c in scale.FITTED)]
-    measured = {c: {"train": float(np.dot(scale.terms("train", c), costs))} for c in configs}
-    found = scale.fit("train", measured)
-    for config in scale.HELD_OUT:
-        expected = np.dot(scale.terms("train", config), costs)
-        assert scale.predict("train", config, found) == pytest.approx(expected, rel=1e-4)
-
-
 def test_document_holds_the_tables(tmp_path):
-    document = scale.ROOT / "docs" / "scale.md"
+    document = ROOT / "docs" / "scale.md"
     scale.check_document(str(document))
     changed = tmp_path / "scale.md"
     changed.write_text(

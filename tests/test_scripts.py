@@ -1,5 +1,7 @@
 """The shell scripts: what they call, with which settings, and how they fail. No environment is built."""
 
+import argparse
+import importlib
 import os
 import re
 import shutil
@@ -9,9 +11,21 @@ from pathlib import Path
 
 import pytest
 
+import models
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted([*ROOT.glob("*.sh"), *ROOT.glob("visu/*.sh"), ROOT / ".ci" / "run"])
-SETTINGS = ("DIR", "ARCH", "LR", "WD", "K", "WORKERS", "EXP", "DEMO_DIR", "PYTHON")
+RECIPES = sorted(path for path in ROOT.glob("recipes/*.sh") if path.name != "common.sh")
+SCRIPTS = [
+    *sorted([*ROOT.glob("*.sh"), *ROOT.glob("visu/*.sh"), *ROOT.glob("recipes/*.sh")]),
+    ROOT / ".ci" / "run",
+    ROOT / "slurm" / "train.sbatch",
+]
+SOURCED = ("env.sh", "common.sh")
+SETTINGS = (
+    "DIR", "ARCH", "LR", "WD", "K", "WORKERS", "EXP", "DEMO_DIR", "PYTHON", "DATA", "MODEL", "VOC", "CONV",
+    "LAYERS", "DATASETS", "EVAL", "STAGE", "S", "L", "GND", "TEMP", "SPLIT", "FC6_8", "NIT", "BATCH", "PRINT",
+    "TRAIN_BATCHNORM", "EVAL_RANDOM_CROPS", "STEPSIZE", "GPUS",
+)  # fmt: skip
 
 
 def bash(*command: str | Path, cwd: Path, **environment: str | Path) -> subprocess.CompletedProcess:
@@ -48,7 +62,7 @@ def calls(recorder: Path) -> list[str]:
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_script_is_valid_bash_and_strict(path):
     subprocess.run(["bash", "-n", str(path)], check=True)
-    if path.name != "env.sh":  # which is sourced
+    if path.name not in SOURCED:
         assert os.access(path, os.X_OK)
         assert "set -euo pipefail" in path.read_text()
 
@@ -145,7 +159,8 @@ def test_tests_run_with_coverage_and_some_of_them_without(tmp_path, recorder):
     assert bash(ROOT / "test.sh", cwd=tmp_path, PYTHON="bin/recorder").returncode == 0
     assert bash(ROOT / "test.sh", "tests/test_demo.py", cwd=tmp_path, PYTHON="bin/recorder").returncode == 0
     whole, some = calls(recorder)
-    for module in ("clustering", "sampling", "data", "features", "checkpoint", "models"):
+    modules = "algorithms checkpoint clustering data evaluation features models training"
+    for module in modules.split():
         assert f"--cov={module} " in whole
     assert whole.endswith("--cov-fail-under=90")
     assert some == "-m pytest tests/test_demo.py"
@@ -156,6 +171,72 @@ def test_ci_runs_ruff_and_the_tests(tmp_path, recorder):
     check, layout, tests = calls(recorder)
     assert (check, layout) == ("-m ruff check .", "-m ruff format --check .")
     assert tests.startswith("-m pytest --cov=")
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+def parse(script: str, flags: list[str]) -> argparse.Namespace:
+    """The flags as the script takes them; an exit of its parser fails the test."""
+    return (
+        importlib.import_module(script.removesuffix(".py").replace("/", ".")).get_parser().parse_args(flags)
+    )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_name_flags_that_their_script_takes(path, tmp_path):
+    result = bash(path, "--seed", "7", cwd=tmp_path, PRINT="1")
+    assert result.returncode == 0, result.stderr
+    script, *flags = result.stdout.splitlines()
+    args = parse(script, ["images", *flags])
+    assert script.removesuffix(".py").removeprefix("main_") in ("main.py", "main", path.stem.split("_")[0])
+    assert args.arch in models.ARCHITECTURES and args.seed == 7  # flags of the caller come last
+
+
+def test_a_recipe_runs_its_script_and_goes_on(tmp_path, recorder):
+    recipe = ROOT / "recipes" / "swav_200ep_bs256.sh"
+    result = bash(recipe, "--seed", "7", cwd=tmp_path, PYTHON=recorder, DIR="images", EXP="run", GPUS="1")
+    assert result.returncode == 0, result.stderr
+    (call,) = calls(recorder)
+    assert call.startswith("main_swav.py images --exp run --resume auto --arch resnet50 ")
+    assert call.endswith(" --seed 7")
+    bash(recipe, cwd=tmp_path, PYTHON=recorder, DIR="images", GPUS="4")
+    assert calls(recorder)[1].startswith(
+        "-m torch.distributed.run --standalone --nproc-per-node 4 main_swav.py"
+    )
+    assert bash(recipe, cwd=tmp_path, PYTHON=recorder).returncode == 2
+
+
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("main.sh", {"DIR": "."}),
+        ("main.sh", {}),
+        ("eval_linear.sh", {"DATA": "images", "MODEL": "net", "CONV": "1 3"}),
+        ("eval_linear.sh", {"DATA": "images", "MODEL": "net", "LAYERS": "layer3 avgpool"}),
+        ("eval_retrieval.sh", {"DATASETS": "data", "MODEL": "net", "TEMP": "t", "GND": "g"}),
+        ("eval_voc_classif.sh", {"VOC": ".", "MODEL": "net"}),
+        ("eval_voc_classif_all.sh", {"VOC": ".", "MODEL": "net"}),
+        ("eval_voc_classif_fc6_8.sh", {"VOC": ".", "MODEL": "net"}),
+    ],
+)
+def test_scripts_name_flags_that_their_script_takes(name, settings, tmp_path, recorder):
+    (tmp_path / "net").touch()
+    result = bash(ROOT / name, cwd=tmp_path, PYTHON=recorder, **settings)
+    assert result.returncode == 0, result.stderr
+    assert calls(recorder)
+    for call in calls(recorder):
+        script, *flags = call.split()
+        parse(script, flags)
+
+
+@pytest.mark.parametrize("name", ["gradient_ascent.sh", "activ-retrieval.sh"])
+def test_scripts_of_visu_name_flags_that_their_script_takes(name, tmp_path, recorder):
+    (tmp_path / "net").touch()
+    result = bash(ROOT / "visu" / name, cwd=tmp_path, PYTHON=recorder, DATA=".", MODEL="net", EXP="e")
+    assert result.returncode == 0, result.stderr
+    script, *flags = calls(recorder)[0].split()
+    parse(script, flags)
 
 
 # ---------------------------------------------------------------------------------------- env.sh

@@ -12,6 +12,7 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from commandline import Parser
 from util import UserError, atomic_write, run_main, say
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.sampling import DrawSampler, released_draws, uniform_draws
+from data.sampling import ShareSampler, released_draws, uniform_draws
 from tests import reference
 
 
@@ -90,7 +90,7 @@ def test_labels_that_are_none_are_refused(labels):
 
 def test_a_sampler_tells_the_position_and_starts_where_it_is_told():
     draws = np.array([7, 3, 3, 9])
-    assert list(DrawSampler(draws)) == [(0, 7), (1, 3), (2, 3), (3, 9)]
-    late = DrawSampler(draws, first=2)
-    assert list(late) == [(2, 3), (3, 9)] and len(late) == 2
-    assert list(DrawSampler(draws, first=9)) == [] and len(DrawSampler(draws, first=9)) == 0
+    assert list(ShareSampler(draws, batch=2)) == [[(0, 7), (1, 3)], [(2, 3), (3, 9)]]
+    late = ShareSampler(draws, batch=2, first=1)
+    assert list(late) == [[(2, 3), (3, 9)]] and len(late) == 1
+    assert list(ShareSampler(draws, batch=2, first=9)) == [] and len(ShareSampler(draws, 2, first=9)) == 0

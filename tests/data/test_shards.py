@@ -87,6 +87,16 @@ def test_more_shards_than_open_files(folder, tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 3  # two, and that of `first`
 
 
+def test_a_file_that_nobody_keeps_open_stays_open_for_its_reader(folder, tmp_path, monkeypatch):
+    """As where two threads open a shard at once, of which one is kept, or one is dropped while it is read."""
+    write(folder, tmp_path)
+    listed = shards.list_shards(f"{tmp_path}/train-*.tar")
+    expected = [listed.read(i) for i in range(len(listed))]
+    monkeypatch.setattr(shards, "_handle", shards._Handle)
+    assert [listed.read(i) for i in range(len(listed))] == expected and len(set(expected)) > 1
+    assert [listed.open(i).read() for i in range(len(listed))] == expected
+
+
 def test_crop_cache_over_shards_follows_the_shards(folder, tmp_path):
     write(folder, tmp_path, "--size-mb", "0.02")
     images = shards.list_shards(f"{tmp_path}/train-*.tar")

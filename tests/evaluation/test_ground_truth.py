@@ -112,10 +112,7 @@ def test_ground_truth_pickles_of_every_kind_are_read(city, tmp_path, protocol, w
     }  # fmt: skip
 
 
-def test_python_2_pickles_of_arrays_are_read(tmp_path):
-    """Written by hand: text as bytes, and the raw content of an array as such text."""
-    raw = b"\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00"
-    text = b"""(dp0
+PYTHON_2 = b"""(dp0
 S'imlist'
 p1
 (lp2
@@ -161,7 +158,12 @@ tbsS'hard'
 sS'junk'
 (lp10
 sas."""
-    (tmp_path / "gnd.pkl").write_bytes(text.replace(b"RAW", raw))
+
+
+def test_python_2_pickles_of_arrays_are_read(tmp_path):
+    """Written by hand: text as bytes, and the raw content of an array as such text."""
+    raw = b"\\x01\\x00\\x00\\x00\\x00\\x00\\x00\\x00"
+    (tmp_path / "gnd.pkl").write_bytes(PYTHON_2.replace(b"RAW", raw))
     names, queries = read_revisited(tmp_path / "gnd.pkl", ["a", "b"])
     assert names == ["a", "b"] and queries[0].lists["easy"] == ["b"] and queries[0].box == (1.5, 2, 3, 4)
 

@@ -15,16 +15,10 @@ from evaluation import last_maps
 from evaluation.last_maps import Item, resized_view
 from features import Pass
 from models import weights
-from tests import tiny
 from tests.cities import PICTURES
 from util import UserError
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def tiny_network(monkeypatch):
-    monkeypatch.setitem(models.ARCHITECTURES, "tiny", tiny.tiny)
 
 
 def maps_of(net, items, sizes=(96,), workers=0):

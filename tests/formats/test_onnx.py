@@ -16,11 +16,6 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
 
-@pytest.fixture(autouse=True)
-def registered():
-    tiny.register()
-
-
 def make_net(sobel, head=6):
     """A network whose batch norms are not the identity."""
     net = tiny.tiny(sobel, seed=3)

@@ -32,7 +32,7 @@ def images(n: int = 2, side: int = 48) -> torch.Tensor:
 
 def test_the_list_here_is_all_that_can_be_built_but_the_wide_ones():
     names = {arch if isinstance(arch, str) else arch.values[0] for arch in ARCHITECTURES}
-    assert set(models.ARCHITECTURES) - names == {"resnet50w2", "resnet50w4", "resnet50w5"}
+    assert set(models.ARCHITECTURES) - names == {"resnet50w2", "resnet50w4", "resnet50w5", "vgg16wide"}
 
 
 @every_network
@@ -176,5 +176,5 @@ def test_pooling_shrinks_to_a_map_smaller_than_its_window(side):
 
 
 def test_an_architecture_that_is_none_is_refused_with_those_there_are():
-    with refuses(r"--arch resnet: unknown.*alexnet, vgg16, resnet18"):
+    with refuses(r"--arch resnet: unknown.*alexnet, vgg16, vgg16wide, resnet18"):
         models.build("resnet", False)

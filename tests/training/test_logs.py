@@ -95,7 +95,7 @@ def test_a_broken_line_does_not_take_those_behind_it_along(tmp_path):
 
 def test_assignments_are_a_table_that_any_path_fits_into(tmp_path):
     logs.write_assignments(
-        tmp_path / "a.csv", ["a,b.jpg", 'c"d.jpg'], np.array([1, 0]), np.array([0.5, 1 / 3], np.float32)
+        tmp_path / "a.csv", ["a,b.jpg", 'c"d.jpg'], (np.array([1, 0]), np.array([0.5, 1 / 3], np.float32))
     )
     assert (tmp_path / "a.csv").read_text() == (
         'path,cluster,distance\n"a,b.jpg",1,0.5\n"c""d.jpg",0,0.333333\n'
