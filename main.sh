@@ -1,24 +1,48 @@
 #!/usr/bin/env bash
-# Train a network by DeepCluster, without labels.
+# Train a network without labels.
 #
-#   ./main.sh [flags of main.py]        the demo: cuts small images from the photographs in demo/pictures, trains
-#                                       on them and compares the network with the one it started from
-#   ./main.sh DIR [flags of main.py]    trains on the images in DIR with the paper's settings
+#   ./main.sh [flags]        the demo: cuts small images from the photographs in demo/pictures, trains on them by
+#                            DeepCluster and compares the network with the one it started from
+#   ./main.sh DIR [flags]    trains on the images in DIR with the paper's settings
 #
+# METHOD=deepclusterv2, METHOD=swav or METHOD=deepercluster trains by that method, with the flags of its script;
+# recipes/ holds the settings of the published runs.
 # Settings are variables, e.g. ARCH=vgg16 EXP=runs/vgg ./main.sh /data/imagenet/train; a flag given after DIR
 # wins over them. PYTHON=... names an interpreter to use instead of making .venv.
 set -euo pipefail
 
-# The demo's recipe (docs/small-data.md says how it was found).
-DEMO_ARCH=alexnet
+METHOD=${METHOD:-deepcluster}
+# The demo's recipe of each method (docs/small-data.md says how it was found); the script, then its flags.
 DEMO_SIZE=64 # pixels
-DEMO_K=100
-DEMO_LR=0.01
-DEMO_WD=-5
-DEMO_BATCH=64
-DEMO_EPOCHS=5
 DEMO_SEED=31
-DEMO_SOBEL="" # "--sobel" for edges, "" for colour
+LAYERS=(conv5 fc7.pre) # to be evaluated
+CROPS=(--nmb_crops 2 --size_crops $DEMO_SIZE --min_scale_crops 0.3 --max_scale_crops 1 --jitter_strength 0.4 --blur 0)
+HEAD=(--hidden_mlp 512 --batch_size 64 --no-larc --base_lr 0.1 --final_lr 0.001 --warmup_epochs 0 --epochs 5)
+case $METHOD in
+deepcluster)
+    MAIN=main.py
+    DEMO=(--arch alexnet --image-size $DEMO_SIZE --k 100 --lr 0.01 --wd=-5 --batch 64 --epochs 5)
+    ;;
+deepclusterv2)
+    MAIN=main_deepclusterv2.py
+    DEMO=(--arch resnet18 "${CROPS[@]}" "${HEAD[@]}" --nmb_prototypes 100 100 100)
+    LAYERS=(layer3 avgpool)
+    ;;
+swav)
+    MAIN=main_swav.py
+    DEMO=(--arch resnet18 "${CROPS[@]}" "${HEAD[@]}" --nmb_prototypes 100 --freeze_prototypes_niters 62)
+    LAYERS=(layer3 avgpool)
+    ;;
+deepercluster)
+    MAIN=main_deepercluster.py
+    DEMO=(--arch alexnet --image-size $DEMO_SIZE --super_classes 8 --k 100 --dim_pca 256 --reassignment 1 --lr 0.01
+        --wd 0.00001 --batch_size 64 --nepochs 6)
+    ;;
+*)
+    echo "main.sh: METHOD=$METHOD: choose deepcluster, deepclusterv2, swav or deepercluster" >&2
+    exit 2
+    ;;
+esac
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -37,28 +61,29 @@ usage() {
 
 # With the paper's settings on the user's images.
 train() {
-    local exp=${EXP:-exp}
-    run "$PY" "$root/main.py" "$DIR" --exp "$exp" --arch "${ARCH:-alexnet}" --lr "${LR:-0.05}" \
-        --wd="${WD:--5}" --k "${K:-10000}" --sobel --verbose --workers "$WORKERS" "$@"
+    local exp=${EXP:-exp} settings=()
+    if [[ $METHOD == deepcluster ]]; then
+        settings=(--arch "${ARCH:-alexnet}" --lr "${LR:-0.05}" --wd="${WD:--5}" --k "${K:-10000}" --sobel)
+    fi
+    run "$PY" "$root/$MAIN" "$DIR" --exp "$exp" ${settings[@]+"${settings[@]}"} --verbose --workers "$WORKERS" "$@"
 }
 
 # With the demo's recipe on the demo's images; an earlier demo run is continued, or only evaluated if it ended.
 demo() {
-    local images=${DEMO_DIR:-$root/demo_images} exp=${EXP:-$root/exp_demo} resume=()
+    local images=${DEMO_DIR:-$root/demo_images} exp=$root/exp_demo
+    [[ $METHOD == deepcluster ]] || exp+=_$METHOD
+    exp=${EXP:-$exp}
     local last=$exp/checkpoint.pth.tar first=$exp/checkpoints/checkpoint_0.pth.tar
     run "$PY" "$root/demo.py" "$images"
-    if [[ -f $last ]]; then
+    [[ ! -f $last ]] ||
         echo "demo: $exp holds an earlier demo run: going on from there (rm -r $exp starts afresh)"
-        resume=(--resume "$last")
-    fi
-    run "$PY" "$root/main.py" "$images/train" --exp "$exp" --arch $DEMO_ARCH --image-size $DEMO_SIZE \
-        --k $DEMO_K --lr $DEMO_LR --wd=$DEMO_WD --batch $DEMO_BATCH --epochs $DEMO_EPOCHS --seed $DEMO_SEED \
-        --verbose --workers "$WORKERS" ${DEMO_SOBEL:+"$DEMO_SOBEL"} ${resume[@]+"${resume[@]}"} "$@"
+    run "$PY" "$root/$MAIN" "$images/train" --exp "$exp" "${DEMO[@]}" --seed $DEMO_SEED --verbose \
+        --workers "$WORKERS" --resume auto "$@"
     run "$PY" "$root/eval_knn.py" --data "$images" --model "$last" --baseline "$first" \
-        --layers conv5 fc7.pre --image-size $DEMO_SIZE --workers "$WORKERS" --exp "$exp"
+        --layers "${LAYERS[@]}" --image-size $DEMO_SIZE --workers "$WORKERS" --exp "$exp"
     echo "demo: images in $images"
     echo "demo: network in $last (started from $first)"
-    echo "demo: log in $exp/log.jsonl, clusters in $exp/clusters and $exp/assignments.csv"
+    echo "demo: log in $exp/log.jsonl, clusters in $exp/assignments.csv"
     echo "demo: look at $exp/report.html and $exp/clusters.html"
 }
 
