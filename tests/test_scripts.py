@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def test_missing_interpreter_ends_with_code_2(tmp_path):
 def test_help_is_the_comment_at_the_top(tmp_path):
     result = bash(ROOT / "main.sh", "--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert result.stdout.startswith("Train a network by DeepCluster") and "set -euo" not in result.stdout
+    assert result.stdout.startswith("Train a network without labels.") and "set -euo" not in result.stdout
 
 
 def test_demo_cuts_trains_and_compares(tmp_path, recorder):
@@ -130,7 +131,7 @@ def test_demo_cuts_trains_and_compares(tmp_path, recorder):
     assert result.returncode == 0, result.stderr
     cut, train, evaluate = calls(recorder)
     assert cut == "demo.py images"
-    assert train.startswith("main.py images/train --exp run ") and "--resume" not in train
+    assert train.startswith("main.py images/train --exp run ") and train.endswith(" --resume auto")
     assert evaluate.startswith(
         "eval_knn.py --data images --model run/checkpoint.pth.tar "
         "--baseline run/checkpoints/checkpoint_0.pth.tar --layers conv5 fc7.pre "
@@ -146,7 +147,23 @@ def test_demo_passes_flags_on_and_continues_an_earlier_run(tmp_path, recorder):
     result = bash(ROOT / "main.sh", "--device", "cpu", cwd=tmp_path, PYTHON=recorder, EXP="run")
     assert result.returncode == 0, result.stderr
     train = calls(recorder)[1]
-    assert train.endswith(" --resume run/checkpoint.pth.tar --device cpu")
+    assert train.endswith(" --resume auto --device cpu") and "going on from there" in result.stdout
+
+
+@pytest.mark.parametrize("method", ["deepcluster", "deepclusterv2", "swav", "deepercluster"])
+def test_demo_of_every_method_gives_flags_that_its_script_takes(method, tmp_path, recorder):
+    result = bash(ROOT / "main.sh", cwd=tmp_path, PYTHON=recorder, METHOD=method)
+    assert result.returncode == 0, result.stderr
+    name, *flags = shlex.split(calls(recorder)[1])
+    parser = importlib.import_module(name.removesuffix(".py")).get_parser()
+    args = parser.parse_args(flags)
+    assert args.seed == 31 and args.resume == "auto"
+    assert args.exp == ("exp_demo" if method == "deepcluster" else f"exp_demo_{method}")
+
+
+def test_an_unknown_method_is_refused(tmp_path):
+    result = bash(ROOT / "main.sh", cwd=tmp_path, METHOD="moco")
+    assert result.returncode == 2 and "METHOD=moco: choose deepcluster" in result.stderr
 
 
 def test_demo_keeps_its_folders_in_the_repository(tmp_path, recorder):
