@@ -12,7 +12,8 @@ import models
 from algorithms.nearest import assign
 from commandline import OLD_FLAGS
 from data import ImageList, PlainView, RandomView, central_crop
-from data.multicrop import Colours, MultiCrop
+from data.colours import Colours
+from data.multicrop import MultiCrop
 from features import ToPoints
 from models.heads import Prototypes
 from models.network import Network
