@@ -99,7 +99,7 @@ import models
 from clustering import Assignment
 from data import ImageList, PlainView, RandomView, central_crop, open_cache, train_crop, turned
 from features import ToPoints
-from models.parallel import Share
+from models.parallel import Share, at_least_float32
 from models.two_level import super_classifier
 from training.announce import announce
 from training.labels import PseudoLabels
@@ -111,7 +111,7 @@ from visu.pictures import finish
 
 MOMENTUM = 0.9
 FIXED = (
-    "arch", "sobel", "seed", "batch_size", "image_size", "reassignment", "dim_pca", "k", "super_classes",
+    "arch", "sobel", "seed", "image_size", "reassignment", "dim_pca", "k", "super_classes",
     "rotnet", "niter", "scaled_decoding",
 )  # fmt: skip
 
@@ -219,8 +219,8 @@ def loss(
     super_class = cluster * turns + turn
     place = torch.searchsorted(torch.from_numpy(active).to(x.device), cluster) * turns + turn
     logits, features = net(x)
-    of_super = F.cross_entropy(logits.float(), super_class, reduction="sum")
-    of_sub, found = heads.module(features, place, sub, heads.scale(share.total))
+    of_super = F.cross_entropy(at_least_float32(logits), super_class, reduction="sum")
+    of_sub, found = heads.module(features, place, sub, heads.scale(place, share.total))
     hits.see(logits, super_class, found, of_super, of_sub, turn, turns)
     return of_super + of_sub
 

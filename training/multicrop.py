@@ -25,7 +25,7 @@ from util import Log, UserError
 
 FIXED = (
     "arch", "sobel", "nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops", "crops_for_assign",
-    "temperature", "feat_dim", "hidden_mlp", "batch_size", "base_lr", "final_lr", "warmup_epochs",
+    "temperature", "feat_dim", "hidden_mlp", "base_lr", "final_lr", "warmup_epochs",
     "start_warmup", "freeze_prototypes_niters", "seed", "scaled_decoding", "jitter_strength", "blur", "larc",
 )  # fmt: skip
 
