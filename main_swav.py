@@ -127,7 +127,7 @@ def loss(
         scores = scores.unflatten(0, (len(crops), -1))  # (V, B, k)
         codes = []
         for place, v in enumerate(assign):
-            before = queue.of(place) @ weight.detach().T  # by today's prototypes
+            before = queue.of(place).to(weight.dtype) @ weight.detach().T  # by today's prototypes
             every = torch.cat([before.to(scores.dtype), scores[v].detach()])
             codes.append(codes_of(every)[len(before) :])
         total = total + swapped_loss(scores, codes, assign, temperature) / len(heads)
