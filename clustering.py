@@ -79,7 +79,7 @@ class Assignment:
             name: torch.from_numpy(getattr(self, name)) for name in ("labels", "distances", "centroids")
         }
         if self.coarse is not None:
-            arrays["coarse"] = torch.from_numpy(self.coarse)
+            arrays |= {"coarse": torch.from_numpy(self.coarse), "fine": self.fine}
         return arrays | {"num_clusters": self.num_clusters, "objective": self.objective}
 
     @classmethod
@@ -170,6 +170,11 @@ def kmeans_two_level(
         centroids[c * fine : c * fine + k] = part.centroids
         objective += part.objective
     return Assignment(labels, coarse * fine, objective, distances, centroids, coarse=first.centroids)
+
+
+def one_cluster(n: int) -> Assignment:
+    """All of n rows in one cluster, where there is nothing to cluster."""
+    return Assignment(np.zeros(n, np.int64), 1, 0.0, np.zeros(n, np.float32), np.zeros((1, 1), np.float32))
 
 
 def nearest_super_clusters(

@@ -357,7 +357,7 @@ class Run:
         record = {"epoch": self.epoch, **self.record, **figures, "loss": loss, "iteration": self.iteration}
         if log_k is not None:
             record["loss_over_log_k"] = loss / log_k
-            advice = logs.advice(self.epoch, loss, log_k)
+            advice = logs.advice(self.epoch, loss, log_k, vars(self.args))
             if advice is not None:
                 self.log(f"warning: {advice}")
         record |= machine.costs(record["seconds"], self.device)

@@ -7,10 +7,43 @@ import torch
 import torch.distributed as dist
 
 import distributed
+from data import ImageList
 from data.sampling import ShareSampler, uniform_draws
 from models.two_level import SubClassifiers
 from training.optim import sgd
-from util import derive_seed
+from util import UserError, derive_seed
+
+
+def levels(super_classes: int, turns: int, k: int) -> tuple[int, int]:
+    """(super-clusters, sub-classes in each); UserError where the flags do not fit each other."""
+    if super_classes % turns:
+        raise UserError(f"--super_classes {super_classes}: with rotations a multiple of 4, or --rotnet false")
+    coarse = super_classes // turns
+    if k < coarse:
+        raise UserError(f"--k {k}: less than one sub-class for each of {coarse} super-clusters")
+    return coarse, k // coarse
+
+
+def check_precision(precision: str) -> None:
+    """Refuse fp16 over processes: each would scale the gradients of its own sub-classifiers differently."""
+    if precision == "fp16" and distributed.world_size() > 1:
+        raise UserError("--precision fp16: not in several processes; give bf16, tf32 or fp32")
+
+
+def check_enough(clusters: int, most: int, images: ImageList) -> None:
+    """Refuse more clusters than images, of which at most `most` are used."""
+    if clusters > min(len(images), most):
+        raise UserError(
+            f"--k {clusters}: more clusters than images, of {images.name} there are "
+            f"{min(len(images), most)}; 20 or more a cluster are advised"
+        )
+    if len(images) < 2:
+        raise UserError(f"{images.name}: {len(images)} image is not enough to cluster")
+
+
+def filled_super_clusters(ids: np.ndarray, fine: int) -> np.ndarray:
+    """The super-clusters that hold images, ascending; ids (N,): super-cluster * fine + sub-class."""
+    return np.unique(ids // fine)
 
 
 def global_batches(draws: int, batch: int) -> list[range]:

@@ -81,7 +81,7 @@ def swav():
     net = network(7, share)
     queue = Queue(2 * BATCH, BATCH, 2, 4, CPU)
     queue.on = True
-    use = multicrop.PrototypeUse(7, print)
+    use = multicrop.PrototypeUse(7, 4, {}, print)
     codes = partial(sinkhorn, epsilon=0.05, niter=3)
     loss = partial(main_swav.loss, [0, 1], 0.1, codes, net.prototypes, queue, use)
     return train_crops(net, loss, share, freeze=2) | {"queue": queue.state_dict()["embeddings"]}
