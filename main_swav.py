@@ -87,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
         optimizer, schedule = multicrop.optimizer_and_schedule(run, net, steps)
         length = whole_batches(args.queue_length, run.batch)
         queue = Queue(length, run.batch, len(args.crops_for_assign), args.feat_dim, run.device)
-        use = multicrop.PrototypeUse(counts[0], args.feat_dim, vars(args), run.log)
+        use = multicrop.PrototypeUse(counts[0], vars(args), run.log)
         run.keep(images=images, net=net, optimizer=optimizer, queue=queue, use=use)
         tell_of_queue(run, length, max(counts), args.epoch_queue_starts * steps + queue.slots)
         codes = partial(sinkhorn, epsilon=args.epsilon, niter=args.sinkhorn_iterations)

@@ -104,29 +104,30 @@ class PrototypeUse:
     Counts the prototype of the largest score. Tells of a collapse before hours are lost.
     """
 
-    def __init__(self, prototypes: int, dim: int, settings: dict[str, Any], log: Log) -> None:
+    def __init__(self, prototypes: int, settings: dict[str, Any], log: Log) -> None:
         self._counts = torch.zeros(prototypes, dtype=torch.int64)
-        self._sum = torch.zeros(dim, dtype=torch.float64)  # of the embeddings
+        self._cosines = torch.zeros(2, dtype=torch.float64)  # sum over pairs in a batch, number of pairs
         self._settings, self._log = settings, log
 
     def see(self, scores: torch.Tensor, z: torch.Tensor) -> None:
         """Scores (B, k) and embeddings (B, D) of a crop of this rank's images."""
         found = scores.detach().argmax(dim=1).cpu()
         self._counts += torch.bincount(found, minlength=len(self._counts))
-        self._sum += z.detach().double().sum(0).cpu()
+        b, whole = len(z), z.detach().double().sum(0)
+        self._cosines += torch.tensor([whole.square().sum().item() - b, b * (b - 1)], dtype=torch.float64)
 
     def finish(self) -> dict[str, Any]:
         """Of the epoch, the same on every rank, and starts anew.
 
         Share of the largest prototype, effective number of prototypes (exp of the entropy), mean cosine
-        between embeddings.
+        between embeddings of a batch.
         """
-        counts, total = self.state_dict().values()
-        self._counts.zero_(), self._sum.zero_()
+        counts, cosines = self.state_dict().values()
+        self._counts.zero_(), self._cosines.zero_()
         shares = counts[counts > 0].double() / counts.sum()
-        largest, cosine = shares.max().item(), ((total / counts.sum()) ** 2).sum().item()
-        if largest > 0.5:
-            alike = ", and all embeddings are alike" if cosine > ALIKE else ""
+        largest, cosine = shares.max().item(), (cosines[0] / cosines[1].clamp(min=1)).item()
+        if largest > 0.5 or cosine > ALIKE:
+            alike = ", and all embeddings of a batch are alike" if cosine > ALIKE else ""
             self._log(
                 f"warning: collapse, one prototype has {largest:.0%} of the images{alike}; try "
                 f"{cures_of(self._settings)}"
@@ -139,13 +140,13 @@ class PrototypeUse:
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks: call it on every one."""
-        whole = {"counts": self._counts, "sum": self._sum}
+        whole = {"counts": self._counts, "cosines": self._cosines}
         return {name: distributed.all_reduce(value.clone()) for name, value in whole.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._counts, self._sum = (
+        self._counts, self._cosines = (
             state[name].clone() if distributed.is_main() else torch.zeros_like(state[name])
-            for name in ("counts", "sum")
+            for name in ("counts", "cosines")
         )
 
 

@@ -81,7 +81,7 @@ def swav():
     net = network(7, share)
     queue = Queue(2 * BATCH, BATCH, 2, 4, CPU)
     queue.on = True
-    use = multicrop.PrototypeUse(7, 4, {}, print)
+    use = multicrop.PrototypeUse(7, {}, print)
     codes = partial(sinkhorn, epsilon=0.05, niter=3)
     loss = partial(main_swav.loss, [0, 1], 0.1, codes, net.prototypes, queue, use)
     return train_crops(net, loss, share, freeze=2) | {"queue": queue.state_dict()["embeddings"]}
@@ -94,7 +94,7 @@ def deepclusterv2():
     bank = Bank(STEPS * BATCH, 2, 4)
     ids = torch.arange(STEPS * BATCH)
     labels = SimpleNamespace(of=lambda index, device, head: ids[index] % (5 - head))
-    loss = partial(main_deepclusterv2.loss, [0, 1], 0.1, bank, labels)
+    loss = partial(main_deepclusterv2.loss, [0, 1], 0.1, bank, labels, multicrop.PrototypeUse(5, {}, print))
     return train_crops(net, loss, share, freeze=10**10) | {"bank": bank.state_dict()["embeddings"]}
 
 
