@@ -54,6 +54,11 @@ class Assignment:
     points: np.ndarray | None = None
     coarse: np.ndarray | None = None
 
+    @property
+    def fine(self) -> int:
+        """Clusters in each super-cluster."""
+        return self.num_clusters // (1 if self.coarse is None else len(self.coarse))
+
     def sizes(self) -> np.ndarray:
         """How many rows each cluster has, (num_clusters,) int64."""
         return np.bincount(self.labels, minlength=self.num_clusters)
@@ -74,7 +79,7 @@ class Assignment:
             name: torch.from_numpy(getattr(self, name)) for name in ("labels", "distances", "centroids")
         }
         if self.coarse is not None:
-            arrays["coarse"] = torch.from_numpy(self.coarse)
+            arrays |= {"coarse": torch.from_numpy(self.coarse), "fine": self.fine}
         return arrays | {"num_clusters": self.num_clusters, "objective": self.objective}
 
     @classmethod
@@ -165,6 +170,34 @@ def kmeans_two_level(
         centroids[c * fine : c * fine + k] = part.centroids
         objective += part.objective
     return Assignment(labels, coarse * fine, objective, distances, centroids, coarse=first.centroids)
+
+
+def one_cluster(n: int) -> Assignment:
+    """All of n rows in one cluster, where there is nothing to cluster."""
+    return Assignment(np.zeros(n, np.int64), 1, 0.0, np.zeros(n, np.float32), np.zeros((1, 1), np.float32))
+
+
+def nearest_super_clusters(
+    x: np.ndarray, found: Assignment, device: Device = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest super-cluster that holds rows: ids (n,) int64 and squared distances (n,) of points x."""
+    filled = np.unique(found.labels // found.fine)
+    nearest, distances = assign(x, found.coarse[filled], device)
+    return filled[nearest], distances
+
+
+def nearest_within(
+    x: np.ndarray, found: Assignment, super_clusters: np.ndarray, device: Device = "cpu"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest cluster in a given super-cluster (n,): labels (n,) int64 and squared distances (n,)."""
+    labels, distances = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
+    sizes = np.bincount(found.labels // found.fine, minlength=len(found.coarse))
+    for c in np.unique(super_clusters).tolist():
+        rows, first = super_clusters == c, c * found.fine
+        made = found.centroids[first : first + min(found.fine, sizes[c])]  # one of few rows has fewer
+        inside, distances[rows] = assign(x[rows], made, device)
+        labels[rows] = first + inside
+    return labels, distances
 
 
 def pic(

@@ -7,7 +7,7 @@ flag are answered at once.
 import argparse
 import math
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from util import fail, quit_at_once
@@ -361,11 +361,17 @@ def add_multicrop_training(parser: argparse.ArgumentParser, freeze: int) -> None
     group.add_argument(
         "--use_fp16", type=word, default=False, metavar="BOOL", help="--precision fp16, CUDA only"
     )
-    for name in OLD_FLAGS:
-        group.add_argument(name, metavar="X", help=argparse.SUPPRESS)
+    parser.set_defaults(workers=10)
+    add_old_flags(group, OLD_FLAGS)
 
 
-# Of the authors' command lines; they are accepted, and a run says that they change nothing.
+def add_old_flags(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:
+    """Flags of the authors' command lines that are accepted and change nothing, as a run says."""
+    for name in names:
+        parser.add_argument(name, metavar="X", help=argparse.SUPPRESS)
+
+
+# Of SwAV's and DeepCluster-v2's.
 OLD_FLAGS = (
     "--dist_url", "--world_size", "--rank", "--local_rank", "--syncbn_process_group_size", "--use_pil_blur",
     "--improve_numerical_stability",

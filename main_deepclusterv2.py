@@ -65,12 +65,13 @@ def main(args: argparse.Namespace) -> None:
         optimizer, schedule = multicrop.optimizer_and_schedule(run, net, steps)
         bank = Bank(len(images), len(args.crops_for_assign), args.feat_dim)
         labels = PseudoLabels(run.exp, images, run.log, vars(args), run.origin)
-        run.keep(images=images, net=net, optimizer=optimizer, bank=bank, labels=labels)
+        use = multicrop.PrototypeUse(args.nmb_prototypes[0], vars(args), run.log)
+        run.keep(images=images, net=net, optimizer=optimizer, bank=bank, labels=labels, use=use)
         if bank.empty:  # batch statistics, no gradient, in the order of the first epoch
             draws = shuffled(len(images), run.seed("order", 0))
             run.look_pass(net, view, draws, partial(fill, bank, args.crops_for_assign))
         freeze = partial(multicrop.freeze_prototypes, net.prototypes, args.freeze_prototypes_niters)
-        step_loss = partial(loss, args.crops_for_assign, args.temperature, bank, labels)
+        step_loss = partial(loss, args.crops_for_assign, args.temperature, bank, labels, use)
         for epoch in run.epochs(args.epochs):
             if labels.epoch != epoch:  # else resumed in the middle of it
                 bank.settle()
@@ -84,7 +85,8 @@ def main(args: argparse.Namespace) -> None:
                 net.prototypes.set([torch.from_numpy(a.centroids) for a in found])
             draws = shuffled(len(images), run.seed("order", epoch))[: steps * run.batch]
             run.train_pass(net, [optimizer], view, draws, step_loss, schedule=schedule, after_backward=freeze)
-            run.finish_epoch(labels.log_k, **labels.figures(), lr=schedule(run.iteration - 1))
+            figures = labels.figures() | use.finish() | {"lr": schedule(run.iteration - 1)}
+            run.finish_epoch(labels.log_k, **figures)
         finish(run, images, labels)
 
 
@@ -98,6 +100,7 @@ def loss(
     temperature: float,
     bank: Bank,
     labels: PseudoLabels,
+    use: multicrop.PrototypeUse,
     net: Network,
     crops: list[torch.Tensor],
     index: torch.Tensor,
@@ -107,7 +110,10 @@ def loss(
     crops: V tensors (B, 3, S_v, S_v). The embeddings of the crops `assign` go into the bank as they are now.
     """
     z, heads = net(crops)
-    bank.put(index, z.unflatten(0, (len(crops), -1))[assign])
+    z = z.unflatten(0, (len(crops), -1))  # (V, B, D)
+    bank.put(index, z[assign])
+    for v in assign:
+        use.see(heads[0].unflatten(0, (len(crops), -1))[v], z[v])
     targets = [labels.of(index, z.device, head=h) for h in range(len(heads))]
     return sum(
         prototype_loss(scores, target, len(crops), temperature) for scores, target in zip(heads, targets)

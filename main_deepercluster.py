@@ -18,6 +18,7 @@ from commandline import (
     add_image_size,
     add_method_files,
     add_method_machine,
+    add_old_flags,
     at_least,
     positive,
     within,
@@ -30,6 +31,9 @@ def get_parser() -> Parser:
     parser = Parser(__doc__)
     add_data(parser)
     parser.add_argument("--data_path", dest="dir", metavar="DIR", default=argparse.SUPPRESS, help="DIR too")
+    parser.add_argument(
+        "--size_dataset", type=at_least(2), default=10_000_000, help="use so many images, the first ones"
+    )
     add_network(parser.add_argument_group("network"))
     add_clustering(parser.add_argument_group("clustering"))
     group = parser.add_argument_group("training")
@@ -44,12 +48,20 @@ def get_parser() -> Parser:
     group.add_argument(
         "--checkpoint_freq", type=at_least(1), default=1, help="epochs between two checkpoints that are kept"
     )
-    add_method_machine(parser.add_argument_group("machine"))
+    group = parser.add_argument_group("machine")
+    add_method_machine(group)
+    parser.set_defaults(workers=8)
+    add_old_flags(group, OLD_FLAGS)
     return parser
 
 
 def add_network(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--arch", default="vgg16", metavar="ARCH", help="CNN architecture; as of main.py")
+    group.add_argument(
+        "--arch",
+        default="vgg16wide",
+        metavar="ARCH",
+        help="CNN architecture, of main.py's or vgg16wide, VGG-16 in the geometry of DeeperCluster's own",
+    )
     group.add_argument("--sobel", type=word, default=False, metavar="BOOL", help="Sobel filtering in front")
     group.add_argument(
         "--pretrained", "--init", dest="init", metavar="PATH", help="weights to start from (not the heads)"
@@ -83,6 +95,14 @@ def add_clustering(group: argparse._ActionsContainer) -> None:
         "--rotnet", type=word, default=True, metavar="BOOL", help="turn the views and predict by how much"
     )
     group.add_argument("--niter", type=at_least(1), default=10, help="iterations of k-means")
+    group.add_argument("--warm_restart", type=word, default=False, metavar="BOOL", help=argparse.SUPPRESS)
+
+
+# Of the authors' command line, without an effect.
+OLD_FLAGS = (
+    "--use_faiss", "--epoch", "--start_iter", "--world-size", "--dist-url", "--rank", "--local_rank",
+    "--debug_slurm",
+)  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -96,22 +116,21 @@ from torch.nn import functional as F
 
 import clustering
 import models
-from clustering import Assignment
 from data import ImageList, PlainView, RandomView, central_crop, open_cache, train_crop, turned
 from features import ToPoints
-from models.parallel import Share
+from models.parallel import Share, at_least_float32
 from models.two_level import super_classifier
-from training.announce import announce
+from training import two_level
+from training.announce import announce, tell_old_flags
 from training.labels import PseudoLabels
 from training.optim import sgd
 from training.run import Run
-from training.two_level import Hits, SubHeads, by_super_class
 from util import UserError, run_main
 from visu.pictures import finish
 
 MOMENTUM = 0.9
 FIXED = (
-    "arch", "sobel", "seed", "batch_size", "image_size", "reassignment", "dim_pca", "k", "super_classes",
+    "arch", "sobel", "seed", "image_size", "reassignment", "dim_pca", "k", "super_classes",
     "rotnet", "niter", "scaled_decoding",
 )  # fmt: skip
 
@@ -119,9 +138,9 @@ FIXED = (
 def main(args: argparse.Namespace) -> None:
     """Train; everything that is learnt is written into args.exp. Under torchrun, one of several processes."""
     turns = 4 if args.rotnet else 1
-    coarse, fine = levels(args.super_classes, turns, args.k)
+    coarse, fine = two_level.levels(args.super_classes, turns, args.k)
     with Run(args, "deepercluster", FIXED) as run:
-        images = run.open_images(enough=partial(check_enough, coarse * fine))
+        images = open_images(run, coarse * fine)
         net = models.build(args.arch, args.sobel, seed=run.seed("weights"))
         net = run.network(net, args.init, sync_bn=True)  # a rank sees few super-classes in a step: a must
         new_top = partial(super_classifier, net.feature_dim, coarse * turns)
@@ -129,7 +148,7 @@ def main(args: argparse.Namespace) -> None:
         body = sgd(net.body_parameters(), args.lr, MOMENTUM, args.wd)
         top = sgd(net.top_layer.parameters(), args.lr, MOMENTUM, args.wd)
         labels = PseudoLabels(run.exp, images, run.log, vars(args), run.origin)
-        heads, hits = SubHeads(run.device, args.lr, MOMENTUM, args.wd), Hits()
+        heads, hits = two_level.SubHeads(run.device, args.lr, MOMENTUM, args.wd), two_level.Hits()
         run.keep(images=images, net=net, body=body, top=top, labels=labels, heads=heads, hits=hits)
         what = f"{net} at {args.image_size} px, {coarse} super-cluster(s) of {fine}, {turns} turn(s)"
         announce(run, images, f"{what}, global batch {run.batch}")
@@ -142,7 +161,7 @@ def main(args: argparse.Namespace) -> None:
             if epoch % args.reassignment == 0 and labels.epoch != epoch:
                 cluster = partial(clustering.kmeans_two_level, coarse=coarse, fine=fine, niter=args.niter)
                 relabel(run, net, plain, labels, cluster, args.dim_pca, rotations_only=coarse * fine == 1)
-                active = active_clusters(labels, coarse)
+                active = two_level.filled_super_clusters(labels.ids, fine)
                 heads.make(
                     net.feature_dim, fine, len(active) * turns, run.batch, len(images), run.seed("sub", epoch)
                 )
@@ -150,9 +169,9 @@ def main(args: argparse.Namespace) -> None:
                     net.top_layer = new_top(run.seed("super", epoch)).to(run.device)
                     top = sgd(net.top_layer.parameters(), args.lr, MOMENTUM, args.wd)
                     run.keep(top=top)
-            active = active_clusters(labels, coarse)
+            active = two_level.filled_super_clusters(labels.ids, fine)
             seed = run.seed("sampling", epoch)
-            draws = by_super_class(labels.ids, fine, active, turns, len(images), run.batch, seed)
+            draws = two_level.by_super_class(labels.ids, fine, active, turns, len(images), run.batch, seed)
             step_loss = partial(loss, labels, active, fine, turns, heads, hits, run.share)
             optimizers = [body, top, heads.optimizer]
             run.train_pass(net, optimizers, random, draws, step_loss, after_backward=heads.reduce)
@@ -160,6 +179,19 @@ def main(args: argparse.Namespace) -> None:
                 np.log(max(coarse * turns, 2)) + np.log(fine), **labels.figures(), **hits.finish()
             )
         finish(run, images, labels)
+
+
+def open_images(run: Run, clusters: int) -> ImageList:
+    """The first --size_dataset images; UserError for flags that cannot be done with them."""
+    args = run.args
+    if args.warm_restart:
+        raise UserError("--warm_restart: is not there, as whitening differs from clustering to clustering")
+    two_level.check_precision(args.precision)
+    tell_old_flags(run, OLD_FLAGS)
+    images = run.open_images(enough=partial(two_level.check_enough, clusters, args.size_dataset))
+    if len(images) > args.size_dataset:
+        images = images.keep(np.arange(len(images)) < args.size_dataset)
+    return images
 
 
 def relabel(
@@ -173,7 +205,7 @@ def relabel(
 ) -> None:
     """New labels: features, whitening, two-level k-means; of rotations alone there is nothing to cluster."""
     if rotations_only:
-        labels.set(run.epoch, nothing_to_cluster(len(plain)))
+        labels.set(run.epoch, clustering.one_cluster(len(plain)))
         return
     features = run.feature_pass(net, plain, net.feature)  # (n_r, D), before the last ReLU
     with run.timed("pca"):
@@ -184,25 +216,13 @@ def relabel(
     labels.take(run.epoch, found, net=net, layer=net.feature, to_points=ToPoints(pca, l2=True))
 
 
-def nothing_to_cluster(images: int) -> Assignment:
-    """All images in one cluster."""
-    return Assignment(
-        np.zeros(images, np.int64), 1, 0.0, np.zeros(images, np.float32), np.zeros((1, 1), np.float32)
-    )
-
-
-def active_clusters(labels: PseudoLabels, coarse: int) -> np.ndarray:
-    """The super-clusters that hold images, ascending."""
-    return np.unique(labels.ids // (labels.num_clusters // coarse))
-
-
 def loss(
     labels: PseudoLabels,
     active: np.ndarray,
     fine: int,
     turns: int,
-    heads: SubHeads,
-    hits: Hits,
+    heads: two_level.SubHeads,
+    hits: two_level.Hits,
     share: Share,
     net: torch.nn.Module,
     x: torch.Tensor,
@@ -219,31 +239,10 @@ def loss(
     super_class = cluster * turns + turn
     place = torch.searchsorted(torch.from_numpy(active).to(x.device), cluster) * turns + turn
     logits, features = net(x)
-    of_super = F.cross_entropy(logits.float(), super_class, reduction="sum")
-    of_sub, found = heads.module(features, place, sub, heads.scale(share.total))
+    of_super = F.cross_entropy(at_least_float32(logits), super_class, reduction="sum")
+    of_sub, found = heads.module(features, place, sub, heads.scale(place, share.total))
     hits.see(logits, super_class, found, of_super, of_sub, turn, turns)
     return of_super + of_sub
-
-
-def levels(super_classes: int, turns: int, k: int) -> tuple[int, int]:
-    """(super-clusters, sub-classes in each); UserError where the flags do not fit each other."""
-    if super_classes % turns:
-        raise UserError(f"--super_classes {super_classes}: with rotations a multiple of 4, or --rotnet false")
-    coarse = super_classes // turns
-    if k < coarse:
-        raise UserError(f"--k {k}: less than one sub-class for each of {coarse} super-clusters")
-    return coarse, k // coarse
-
-
-def check_enough(clusters: int, images: ImageList) -> None:
-    """Refuse more clusters than images."""
-    if clusters > len(images):
-        raise UserError(
-            f"--k {clusters}: more clusters than images, {images.name} has {len(images)}; 20 or more a "
-            "cluster are advised"
-        )
-    if len(images) < 2:
-        raise UserError(f"{images.name}: {len(images)} image is not enough to cluster")
 
 
 if __name__ == "__main__":

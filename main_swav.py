@@ -87,8 +87,9 @@ def main(args: argparse.Namespace) -> None:
         optimizer, schedule = multicrop.optimizer_and_schedule(run, net, steps)
         length = whole_batches(args.queue_length, run.batch)
         queue = Queue(length, run.batch, len(args.crops_for_assign), args.feat_dim, run.device)
-        use = multicrop.PrototypeUse(counts[0], run.log)
+        use = multicrop.PrototypeUse(counts[0], vars(args), run.log)
         run.keep(images=images, net=net, optimizer=optimizer, queue=queue, use=use)
+        tell_of_queue(run, length, max(counts), args.epoch_queue_starts * steps + queue.slots)
         codes = partial(sinkhorn, epsilon=args.epsilon, niter=args.sinkhorn_iterations)
         step_loss = partial(loss, args.crops_for_assign, args.temperature, codes, net.prototypes, queue, use)
         freeze = partial(multicrop.freeze_prototypes, net.prototypes, args.freeze_prototypes_niters)
@@ -127,12 +128,12 @@ def loss(
         scores = scores.unflatten(0, (len(crops), -1))  # (V, B, k)
         codes = []
         for place, v in enumerate(assign):
-            before = queue.of(place) @ weight.detach().T  # by today's prototypes
+            before = queue.of(place).to(weight.dtype) @ weight.detach().T  # by today's prototypes
             every = torch.cat([before.to(scores.dtype), scores[v].detach()])
             codes.append(codes_of(every)[len(before) :])
         total = total + swapped_loss(scores, codes, assign, temperature) / len(heads)
     for v in assign:
-        use.see(heads[0].unflatten(0, (len(crops), -1))[v])
+        use.see(heads[0].unflatten(0, (len(crops), -1))[v], z[v])
     queue.put(z[assign].detach())
     return total
 
@@ -160,6 +161,17 @@ def whole_batches(length: int, batch: int) -> int:
             f"--queue_length {length}: less than the global batch {batch}; give a multiple of it, or 0"
         )
     return length - length % batch
+
+
+def tell_of_queue(run: Run, length: int, prototypes: int, first: int) -> None:
+    """When the queue is used first, and whether codes have samples enough to spread over the prototypes."""
+    if length:
+        run.log(f"a queue of {length} embeddings, used from iteration {first} on; compare the loss before it")
+    if length + run.batch < prototypes:
+        run.log(
+            f"note: batch and queue hold {length + run.batch} samples for {prototypes} prototypes; a longer "
+            "--queue_length or fewer --nmb_prototypes spread codes better"
+        )
 
 
 if __name__ == "__main__":

@@ -97,8 +97,13 @@ class Clusters:
     def nearest(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For points x (n, d): labels (n,), squared distances to the centroid, and those that decided.
 
-        The latter are the same for k-means, for PIC they are those to the nearest image of the run.
+        The latter are the same for k-means, for PIC they are those to the nearest image of the run. Where
+        clusters have two levels, the nearest super-cluster comes first, then the nearest cluster in it.
         """
+        if self.stored.coarse is not None:
+            super_clusters, _ = clustering.nearest_super_clusters(x, self.stored, self.device)
+            labels, distances = clustering.nearest_within(x, self.stored, super_clusters, self.device)
+            return labels, distances, distances
         if self.points is None:
             labels, distances = clustering.assign(x, self.stored.centroids, self.device)
             return labels, distances, distances
@@ -114,17 +119,29 @@ class Clusters:
         """
         labels, distances, decided = self.nearest(x)
         known = np.flatnonzero(rows >= 0)
-        rows = rows[known]
+        off = self.off(x[known], rows[known], decided[known])
+        same = off <= tolerance[known]
+        labels[known[same]] = self.stored.labels[rows[known[same]]]
+        distances[known[same]] = self.stored.distances[rows[known[same]]]
+        return labels, distances
+
+    def off(self, x: np.ndarray, rows: np.ndarray, decided: np.ndarray) -> np.ndarray:
+        """By how much squared distances speak against what the run found for its images `rows`, (n,).
+
+        x (n, d): the points of these images now, decided (n,): as `nearest` says.
+        """
+        own = self.stored.labels[rows]
         if self.points is None:
-            targets, before = self.stored.centroids[self.stored.labels[rows]], self.stored.distances[rows]
+            targets, before = self.stored.centroids[own], self.stored.distances[rows]
         else:
             targets, before = self.points[rows], 0.0
-        now = squared_distances(x[known], targets)
-        off = np.maximum(now - decided[known], np.abs(now - before))
-        same = off <= tolerance[known]
-        labels[known[same]] = self.stored.labels[rows[same]]
-        distances[known[same]] = self.stored.distances[rows[same]]
-        return labels, distances
+        now, farther = squared_distances(x, targets), 0.0
+        if self.stored.coarse is not None and len(x):
+            mine = own // self.stored.fine
+            _, decided = clustering.nearest_within(x, self.stored, mine, self.device)
+            _, least = clustering.nearest_super_clusters(x, self.stored, self.device)
+            farther = squared_distances(x, self.stored.coarse[mine]) - least
+        return np.maximum(np.maximum(now - decided, np.abs(now - before)), farther)
 
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:

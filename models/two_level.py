@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models.parallel import at_least_float32
 from util import derive_seed
 
 
@@ -54,14 +55,14 @@ class SubClassifiers(nn.Module):
         features (B, D), super_class and target (B,) int64; scale (S,): the gradient that the classifier of a
         super-class gets is so many times that of the sum; the one of the features is not scaled.
         """
-        total = features.new_zeros((), dtype=torch.float32)
+        total = at_least_float32(features.new_zeros(()))
         hits = torch.zeros(len(features), dtype=torch.bool, device=features.device)
         for s in super_class.unique().tolist():
             rows = (super_class == s).nonzero()[:, 0]
             place = self.held.index(s)
             weight = ScaleGradient.apply(self.weight[place], scale[s])
             bias = ScaleGradient.apply(self.bias[place], scale[s])
-            logits = F.linear(features[rows], weight, bias).float()
+            logits = at_least_float32(F.linear(features[rows], weight, bias))
             total = total + F.cross_entropy(logits, target[rows], reduction="sum")
             hits[rows] = logits.detach().argmax(1) == target[rows]
         return total, hits

@@ -1,6 +1,10 @@
 """VGG-16, configuration D, with batch normalisation; and DeeperCluster's geometry of it."""
 
+import copy
+
+import torch
 from torch import nn
+from torch.nn import functional as F
 
 from models.flat import conv_block, flat
 from models.network import Network, Pool
@@ -14,7 +18,8 @@ def build(sobel: bool = False, seed: int | None = None, wide: bool = False) -> N
     """VGG-16: five blocks of 3x3 convolutions, a 2/2 max pool after each; dropout between the linears.
 
     wide: the image is padded by 2 in front of all, so that maps are 226 x 226 and smaller: the geometry in
-    which DeeperCluster's networks were trained, whose Sobel and first convolution fold into one exactly.
+    which DeeperCluster's networks were trained, whose Sobel and first convolution fold into one exactly. Its
+    linear layers start as PyTorch's do, uniform in +- 1 / sqrt(inputs).
     """
     features: list[nn.Module] = []
     channels = 2 if sobel else 3
@@ -35,4 +40,34 @@ def build(sobel: bool = False, seed: int | None = None, wide: bool = False) -> N
         net.sobel[0].padding, net.sobel[1].padding = (2, 2), (0, 0)
     elif wide:
         net.features[0].padding = (2, 2)
+    if wide:
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:
+                torch.manual_seed(seed)
+            for layer in net.classifier:
+                if isinstance(layer, nn.Linear):
+                    layer.reset_parameters()
     return net
+
+
+def fold_sobel(net: Network) -> Network:
+    """net, a vgg16wide with Sobel, as one for colour images: grey, Sobel and conv1 are one 5 x 5 convolution.
+
+    Exact, also at the border, where the wide geometry has the zeros that conv1 is padded with: Caron et al.,
+    ICCV 2019, section 4, 'pre-training for ImageNet'. Everything but conv1 is shared with net.
+    """
+    if net.arch != "vgg16wide" or net.sobel is None:
+        raise ValueError(f"{net}: only a vgg16wide with Sobel can be folded")
+    grey, sobel = net.sobel[0].weight, net.sobel[1].weight  # (1, 3, 1, 1), (2, 1, 3, 3)
+    old = net.features[0]
+    # W5[o, ch, p + r, q + s] = grey[ch] * sum over g of W1[o, g, p, q] * sobel[g, r, s]: a full convolution.
+    both = F.conv2d(old.weight, sobel.flip(2, 3).transpose(0, 1), padding=2)  # (64, 1, 5, 5)
+    new = nn.Conv2d(3, old.out_channels, 5, padding=3)
+    with torch.no_grad():
+        new.weight.copy_(both * grey.view(1, 3, 1, 1))
+        new.bias.copy_(old.bias)
+    folded = copy.copy(net)
+    folded._modules = dict(net._modules) | {"sobel": None}
+    features = nn.Sequential(new.to(old.weight.device), *list(net.features)[1:])
+    folded.features = features.train(net.training)
+    return folded

@@ -4,6 +4,7 @@ from torch.nn import functional as F
 
 import main_deepclusterv2
 from algorithms.lloyd import lloyd
+from tests.helpers import refuses
 from training.memory import Bank
 
 
@@ -80,3 +81,31 @@ def test_images_without_a_label_do_not_count():
     assert not scores.grad[[0, 2]].any() and scores.grad[[1, 3]].any()
     nothing = main_deepclusterv2.prototype_loss(scores, torch.tensor([-100, -100]), 2, 0.1)
     assert nothing.item() == 0
+
+
+def spherical_by_loops(x, centroids, niter):
+    """In float64, a row and a cluster at a time; no cluster may become empty."""
+    x, centroids = x.astype(np.float64), centroids.astype(np.float64)
+    for step in range(niter + 1):
+        labels = [max(range(len(centroids)), key=lambda c: row @ centroids[c]) for row in x]
+        if step == niter:
+            return np.array(labels), centroids
+        for c in range(len(centroids)):
+            mean = sum(row for row, label in zip(x, labels) if label == c)
+            centroids[c] = mean / np.linalg.norm(mean)
+
+
+def test_spherical_kmeans_equals_loops_in_float64():
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((90, 6)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    start = x[:5].copy()
+    labels, distances, _, centroids = lloyd(x, 5, 0, 10, spherical=True, start=start)
+    expected, of_loops = spherical_by_loops(x, start, 10)
+    assert np.array_equal(labels, expected) and np.allclose(centroids, of_loops, atol=1e-5)
+    assert np.allclose(distances, 2 - 2 * (x * of_loops[expected]).sum(1), atol=1e-4)
+
+
+def test_more_clusters_than_images_are_refused():
+    with refuses("--nmb_prototypes 9: more clusters than the 8 images"):
+        main_deepclusterv2.check_enough(8, [3, 9])

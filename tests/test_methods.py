@@ -162,7 +162,7 @@ def test_settings_that_do_not_fit_are_refused_in_one_line(method, flags, message
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def torchrun(processes, method, images, exp, *flags):
+def torchrun(processes, method, images, exp, *flags, batch=None):
     script, own = METHODS[method]
     code = (
         "import sys; from tests import tiny; tiny.register(); "
@@ -171,7 +171,7 @@ def torchrun(processes, method, images, exp, *flags):
     )
     file = exp.parent / f"{method}_{processes}.py"
     file.write_text(code)
-    batch = 16 // processes
+    batch = batch or 16 // processes
     launcher = [
         sys.executable,
         "-m",
@@ -200,3 +200,33 @@ def test_several_processes_give_the_run_of_one(method, processes, images, finish
     weights = [checkpoint.read(e / "checkpoint.pth.tar")["state_dict"] for e in (exp, finished[method])]
     for key, value in weights[0].items():
         assert torch.allclose(value.double(), weights[1][key].double(), rtol=1e-2, atol=2e-2), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_two_processes_goes_on_with_one_and_with_three(method, images, tmp_path):
+    """The same command line: they share the global batches of 16 that it began with."""
+    name = "--nepochs" if method == "deepercluster" else "--epochs"
+    two = tmp_path / "two"
+    torchrun(2, method, images, two, name, 3)
+    saved = checkpoint.read(two / "checkpoint.pth.tar")["state_dict"]
+    for processes in (1, 3):
+        exp = shutil.copytree(two, tmp_path / str(processes))
+        resume = ["--resume", exp / "checkpoints" / "checkpoint_2.pth.tar"]  # in the second epoch
+        if processes == 1:
+            train(method, images, exp, "--batch_size", 8, *resume)
+        else:
+            torchrun(3, method, images, exp, name, 3, *resume, batch=8)
+        assert "shares global batches of 16" in (exp / "train.log").read_text()
+        lines = [read_lines(e / "log.jsonl") for e in (exp, two)]
+        assert [line["iteration"] for line in lines[0]] == [line["iteration"] for line in lines[1]]
+        for several, one in zip(*lines):
+            assert several["loss"] == pytest.approx(one["loss"], abs=2e-3)
+        for key, value in checkpoint.read(exp / "checkpoint.pth.tar")["state_dict"].items():
+            assert torch.allclose(value.double(), saved[key].double(), rtol=1e-2, atol=2e-2), key
+
+
+def test_another_batch_is_refused(finished, images, tmp_path):
+    exp = shutil.copytree(finished["swav"], tmp_path / "exp")
+    with pytest.raises(UserError, match="was run with global batches of 16, not of 8; give --batch_size 16"):
+        train("swav", images, exp, "--batch_size", 8, "--resume", "auto", epochs=4)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterable
 
 import distributed
 from data import ImageList
@@ -21,6 +22,13 @@ def announce(run: Run, images: ImageList, what: str) -> None:
         run.log("settings: " + "  ".join(f"{name}={value}" for name, value in sorted(vars(args).items())))
     if distributed.is_main():
         write_config(run, images)
+
+
+def tell_old_flags(run: Run, flags: Iterable[str]) -> None:
+    """Say of flags of the authors' command lines that are given, and have no meaning here, that it is so."""
+    for flag in flags:
+        if getattr(run.args, flag.removeprefix("--").replace("-", "_")) is not None:
+            run.log(f"note: {flag} changes nothing: the launcher's environment, and this program, decide")
 
 
 def write_config(run: Run, images: ImageList) -> None:

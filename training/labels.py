@@ -19,7 +19,7 @@ from data import ImageList
 from features import ToPoints
 from models.network import Network
 from models.weights import body_state
-from training.logs import ClusterLog, take_over, write_assignments
+from training.logs import ClusterLog, flags_of, take_over, write_assignments
 from util import Log
 
 
@@ -123,9 +123,10 @@ class PseudoLabels:
                 "try fewer clusters, or give more images"
             )
         if sizes["max"] > len(self.ids) / 2:
+            rate, k = flags_of(self.settings)
             self.log(
                 f"warning: collapse, the largest cluster holds {sizes['max']} of {len(self.ids)} images; "
-                "try a lower --lr, another --k, or colour instead of --sobel"
+                f"try a lower {rate}, another {k}, or colour instead of --sobel"
             )
 
     # -- files

@@ -98,19 +98,35 @@ def keep_lines_before(path: Path, epoch: int) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def advice(epoch: int, loss: float, log_k: float) -> str | None:
-    """What to do about the loss of an epoch, of which log_k is that of guessing; None where all is well."""
+def flags_of(settings: dict[str, Any]) -> tuple[str, str]:
+    """How a run with these settings calls its learning rate and its number of clusters."""
+    return ("--base_lr", "--nmb_prototypes") if "base_lr" in settings else ("--lr", "--k")
+
+
+def cures_of(settings: dict[str, Any]) -> str:
+    """What SwAV's and DeepCluster-v2's authors advise where training collapses or does not begin."""
+    own = "--epsilon 0.03, prototypes frozen longer (--freeze_prototypes_niters), " * ("epsilon" in settings)
+    return f"{own}a --temperature of 0.5, fewer --nmb_prototypes, or fewer or softer crops"
+
+
+def advice(epoch: int, loss: float, log_k: float, settings: dict[str, Any] | None = None) -> str | None:
+    """What to do about the loss of an epoch, of which log_k is that of guessing; None where all is well.
+
+    settings: of the run, whose flags are named.
+    """
     if epoch < 2:
         return None
+    rate, number = flags_of(settings or {})
     if loss > 1.1 * log_k:
         return (
             f"the loss {loss:.3f} is far above log k = {log_k:.3f}, what guessing gives: training diverges; "
-            "try a lower --lr"
+            f"try a lower {rate}"
         )
     if loss > 0.98 * log_k:
+        more = f", {cures_of(settings)}" if rate == "--base_lr" else f" or a smaller {number}"
         return (
             f"the loss {loss:.3f} is stuck at log k = {log_k:.3f}: the cluster ids are not being learnt; try "
-            "a higher --lr or a smaller --k"
+            f"a higher {rate}{more}"
         )
     return None
 

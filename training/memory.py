@@ -73,7 +73,10 @@ class Bank:
         self.empty = True
 
     def put(self, index: torch.Tensor, z: torch.Tensor) -> None:
-        """Remember the embeddings z (crops, B, D) of the images index (B,), as they came out of a step."""
+        """Remember the embeddings z (crops, B, D) of the images index (B,), as they came out of a step.
+
+        Until they are settled an image comes once, as in an epoch.
+        """
         self._seen.append((index.cpu(), z.detach().float().cpu().transpose(0, 1)))
 
     def settle(self) -> None:

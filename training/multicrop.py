@@ -12,19 +12,23 @@ import models
 from algorithms.nearest import assign
 from commandline import OLD_FLAGS
 from data import ImageList, PlainView, RandomView, central_crop
-from data.multicrop import Colours, MultiCrop
+from data.colours import Colours
+from data.multicrop import MultiCrop
 from features import ToPoints
 from models.heads import Prototypes
 from models.network import Network
-from training.announce import announce
+from training.announce import announce, tell_old_flags
 from training.labels import PseudoLabels
+from training.logs import cures_of
 from training.optim import LARC, Schedule, cosine, sgd
 from training.run import Run
 from util import Log, UserError
 
+ALIKE = 0.99  # mean cosine of embeddings that tell images apart no more
+PAPERS_RATE = 4.8 / 4096  # of an image in the global batch
 FIXED = (
     "arch", "sobel", "nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops", "crops_for_assign",
-    "temperature", "feat_dim", "hidden_mlp", "batch_size", "base_lr", "final_lr", "warmup_epochs",
+    "temperature", "feat_dim", "hidden_mlp", "base_lr", "final_lr", "warmup_epochs",
     "start_warmup", "freeze_prototypes_niters", "seed", "scaled_decoding", "jitter_strength", "blur", "larc",
 )  # fmt: skip
 
@@ -34,9 +38,7 @@ def open_run(run: Run, prototypes: int | list[int]) -> tuple[ImageList, Network,
     args = run.args
     lists = ("nmb_crops", "size_crops", "min_scale_crops", "max_scale_crops")
     check_crops({name: getattr(args, name) for name in lists}, args.crops_for_assign)
-    for flag in OLD_FLAGS:
-        if getattr(args, flag.removeprefix("--")) is not None:
-            run.log(f"note: {flag} changes nothing: the launcher's environment, and this program, decide")
+    tell_old_flags(run, OLD_FLAGS)
     images = run.open_images()
     if len(images) < run.batch:
         raise UserError(
@@ -51,7 +53,8 @@ def open_run(run: Run, prototypes: int | list[int]) -> tuple[ImageList, Network,
     sizes = " + ".join(f"{n} x {size}" for n, size in zip(args.nmb_crops, args.size_crops))
     what = (
         f"{net}, crops {sizes} px, prototypes {prototypes}, global batch {run.batch}, "
-        f"{len(images) // run.batch} steps an epoch, epochs {run.epoch} to {args.epochs}"
+        f"{len(images) // run.batch} steps an epoch, epochs {run.epoch} to {args.epochs}; base_lr "
+        f"{args.base_lr:g}, by linear scaling of the paper's it would be {PAPERS_RATE * run.batch:.3g}"
     )
     announce(run, images, what)
     return images, net, RandomView(images, crops)
@@ -101,38 +104,50 @@ class PrototypeUse:
     Counts the prototype of the largest score. Tells of a collapse before hours are lost.
     """
 
-    def __init__(self, prototypes: int, log: Log) -> None:
+    def __init__(self, prototypes: int, settings: dict[str, Any], log: Log) -> None:
         self._counts = torch.zeros(prototypes, dtype=torch.int64)
-        self._log = log
+        self._cosines = torch.zeros(2, dtype=torch.float64)  # sum over pairs in a batch, number of pairs
+        self._settings, self._log = settings, log
 
-    def see(self, scores: torch.Tensor) -> None:
-        """Scores (B, k) of a crop of this rank's images."""
+    def see(self, scores: torch.Tensor, z: torch.Tensor) -> None:
+        """Scores (B, k) and embeddings (B, D) of a crop of this rank's images."""
         found = scores.detach().argmax(dim=1).cpu()
         self._counts += torch.bincount(found, minlength=len(self._counts))
+        b, whole = len(z), z.detach().double().sum(0)
+        self._cosines += torch.tensor([whole.square().sum().item() - b, b * (b - 1)], dtype=torch.float64)
 
     def finish(self) -> dict[str, Any]:
-        """Of the epoch, the same on every rank: largest share, effective number (exp of the entropy)."""
-        counts = distributed.all_reduce(self._counts.clone()).double()
-        self._counts.zero_()
-        shares = counts[counts > 0] / counts.sum()
-        figures = {
-            "largest_prototype": shares.max().item(),
-            "effective_prototypes": math.exp(-(shares * shares.log()).sum().item()),
-        }
-        if figures["largest_prototype"] > 0.5:
+        """Of the epoch, the same on every rank, and starts anew.
+
+        Share of the largest prototype, effective number of prototypes (exp of the entropy), mean cosine
+        between embeddings of a batch.
+        """
+        counts, cosines = self.state_dict().values()
+        self._counts.zero_(), self._cosines.zero_()
+        shares = counts[counts > 0].double() / counts.sum()
+        largest, cosine = shares.max().item(), (cosines[0] / cosines[1].clamp(min=1)).item()
+        if largest > 0.5 or cosine > ALIKE:
+            alike = ", and all embeddings of a batch are alike" if cosine > ALIKE else ""
             self._log(
-                f"warning: collapse, one prototype has {figures['largest_prototype']:.0%} of the images; try "
-                "--epsilon 0.03, prototypes frozen longer (--freeze_prototypes_niters), fewer of them, "
-                "or fewer or softer crops"
+                f"warning: collapse, one prototype has {largest:.0%} of the images{alike}; try "
+                f"{cures_of(self._settings)}"
             )
-        return figures
+        return {
+            "largest_prototype": largest,
+            "effective_prototypes": math.exp(-(shares * shares.log()).sum().item()),
+            "mean_cosine": cosine,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks: call it on every one."""
-        return {"counts": distributed.all_reduce(self._counts.clone())}
+        whole = {"counts": self._counts, "cosines": self._cosines}
+        return {name: distributed.all_reduce(value.clone()) for name, value in whole.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._counts = state["counts"].clone() if distributed.is_main() else torch.zeros_like(self._counts)
+        self._counts, self._cosines = (
+            state[name].clone() if distributed.is_main() else torch.zeros_like(state[name])
+            for name in ("counts", "cosines")
+        )
 
 
 def assign_to_prototypes(run: Run, images: ImageList, net: Network, labels: PseudoLabels, size: int) -> None:

@@ -98,3 +98,21 @@ def check_same(was: dict[str, Any], now: dict[str, Any], fixed: tuple, path: Pat
                 f"new run{weights}"
             )
         log(f"note: {name} was {was[name]} and is {value} from here on")
+
+
+def global_batch(saved: dict[str, Any], now: dict[str, Any], batch: int, path: Path, log: Log) -> int:
+    """The images of a step in all processes, with which a checkpoint goes on: as many as it was made with.
+
+    batch: what the settings `now` ask for. Where --batch_size, of one process, is as it was, the number of
+    processes has changed, and they share what a step had. UserError where it is neither.
+    """
+    was = saved.get("batch", batch)
+    if "batch_size" not in now or was == batch:
+        return batch
+    if now["batch_size"] != saved["args"].get("batch_size"):
+        raise UserError(
+            f"--resume {path}: was run with global batches of {was}, not of {batch}; give --batch_size "
+            f"{saved['args'].get('batch_size')} again, with any number of processes"
+        )
+    log(f"note: another number of processes shares global batches of {was}, as they were")
+    return was

@@ -37,7 +37,7 @@ from models.weights import init_weights
 from training import logs, machine
 from training.folder import Folder, origin_of, refuse_images_folder
 from training.optim import Schedule
-from training.parts import Parts
+from training.parts import Parts, global_batch
 from training.signals import Signals
 from training.steps import Loss, Steps, deal
 from util import AverageMeter, Log, Preempted, Progress, UserError, derive_seed, explain, set_precision
@@ -136,6 +136,7 @@ class Run:
         """Take over a checkpoint's place and log; its parts follow when they are kept."""
         saved = self.parts.read(path, self.method, vars(self.args), self.fixed, self.log)
         self.epoch, self.position, self.iteration = (saved[k] for k in ("epoch", "position", "iteration"))
+        self.batch = global_batch(saved, vars(self.args), self.batch, path, self.log)
         self.record = saved["record"]
         self.meter.sum, self.meter.count = saved["loss"]["sum"], saved["loss"]["count"]
         if self.scaler.is_enabled() and saved.get("scaler"):
@@ -356,7 +357,7 @@ class Run:
         record = {"epoch": self.epoch, **self.record, **figures, "loss": loss, "iteration": self.iteration}
         if log_k is not None:
             record["loss_over_log_k"] = loss / log_k
-            advice = logs.advice(self.epoch, loss, log_k)
+            advice = logs.advice(self.epoch, loss, log_k, vars(self.args))
             if advice is not None:
                 self.log(f"warning: {advice}")
         record |= machine.costs(record["seconds"], self.device)
@@ -388,6 +389,7 @@ class Run:
             "epoch": self.epoch,
             "position": self.position,
             "iteration": self.iteration,
+            "batch": self.batch,
             **self.parts.state_dict(),
             "scaler": self.scaler.state_dict(),
             "record": self.record,

@@ -208,6 +208,7 @@ def check_optimizer(name: str, value: Any) -> None:
 def check_place(saved: dict[str, Any]) -> None:
     """The counters go together: an epoch takes a step or more, and labels are of an epoch that began."""
     epoch, position, iteration = saved["epoch"], saved["position"], saved["iteration"]
+    require(saved.get("batch", 1) > 0, "its batches are of no image")
     start = saved["args"].get("start_epoch", 0)
     counter("args.start_epoch", start)
     few = iteration < max(epoch - start, 0) + position
@@ -227,7 +228,7 @@ CHECKS: dict[str, Callable[[str, Any], None]] = {
     "parts": check_parts,
     "method": text,
 }
-OPTIONAL = {"state_dict": mapping, "optimizer": check_optimizer}
+OPTIONAL = {"batch": counter, "state_dict": mapping, "optimizer": check_optimizer}
 PARTS = {"images": check_images, "labels": check_labels, "head": check_optimizer}
 
 

@@ -7,24 +7,67 @@ import torch
 import torch.distributed as dist
 
 import distributed
-from data.sampling import uniform_draws
+from data import ImageList
+from data.sampling import ShareSampler, uniform_draws
 from models.two_level import SubClassifiers
 from training.optim import sgd
-from util import derive_seed
+from util import UserError, derive_seed
 
 
-def class_of_row(row: int, total: int, classes: int) -> int:
-    """The class of a row of a global batch of `total` that holds equally many of every class, in order."""
-    return row * classes // total
+def levels(super_classes: int, turns: int, k: int) -> tuple[int, int]:
+    """(super-clusters, sub-classes in each); UserError where the flags do not fit each other."""
+    if super_classes % turns:
+        raise UserError(f"--super_classes {super_classes}: with rotations a multiple of 4, or --rotnet false")
+    coarse = super_classes // turns
+    if k < coarse:
+        raise UserError(f"--k {k}: less than one sub-class for each of {coarse} super-clusters")
+    return coarse, k // coarse
+
+
+def check_precision(precision: str) -> None:
+    """Refuse fp16 over processes: each would scale the gradients of its own sub-classifiers differently."""
+    if precision == "fp16" and distributed.world_size() > 1:
+        raise UserError("--precision fp16: not in several processes; give bf16, tf32 or fp32")
+
+
+def check_enough(clusters: int, most: int, images: ImageList) -> None:
+    """Refuse more clusters than images, of which at most `most` are used."""
+    if clusters > min(len(images), most):
+        raise UserError(
+            f"--k {clusters}: more clusters than images, of {images.name} there are "
+            f"{min(len(images), most)}; 20 or more a cluster are advised"
+        )
+    if len(images) < 2:
+        raise UserError(f"{images.name}: {len(images)} image is not enough to cluster")
+
+
+def filled_super_clusters(ids: np.ndarray, fine: int) -> np.ndarray:
+    """The super-clusters that hold images, ascending; ids (N,): super-cluster * fine + sub-class."""
+    return np.unique(ids // fine)
+
+
+def global_batches(draws: int, batch: int) -> list[range]:
+    """The draws of each step of an epoch, as training/run.py takes them."""
+    sampler = ShareSampler(np.empty(draws, np.int8), batch)
+    starts = range(0, sampler.steps * batch, batch)
+    return [range(start, start + total) for start, (total, _) in zip(starts, sampler.shares())]
+
+
+def classes_of(rows: range, classes: int) -> np.ndarray:
+    """The classes of these draws of an epoch, in order, (len(rows),) int64.
+
+    Dealt out in turn over the whole epoch, so that every batch and the epoch have as many of each, to one.
+    """
+    return np.sort(np.arange(rows.start, rows.stop) % classes)
 
 
 def held_classes(classes: int, batch: int, draws: int, rank: int, ranks: int) -> range:
     """The classes of the rows that a rank is dealt, in the global batches of an epoch of so many draws."""
-    found = set()
-    for total in {min(batch, draws), draws % batch or batch}:
-        rows = range(total * rank // ranks, total * (rank + 1) // ranks)
-        if rows:
-            found |= {class_of_row(rows[0], total, classes), class_of_row(rows[-1], total, classes)}
+    batches = global_batches(draws, batch)
+    found: set[int] = set()
+    for rows in [*batches[:classes], batches[-1]]:  # what a batch begins with repeats after so many
+        own = classes_of(rows, classes)[len(rows) * rank // ranks : len(rows) * (rank + 1) // ranks]
+        found |= {int(which) for which in own[[0, -1]]} if len(own) else set()
     return range(min(found), max(found) + 1) if found else range(0)
 
 
@@ -39,9 +82,7 @@ def by_super_class(
     are independent.
     """
     classes = len(active) * turns
-    rows = np.arange(total)
-    sizes = np.minimum(batch, total - rows // batch * batch)  # of the batch that a row is in
-    class_ids = (rows % batch) * classes // sizes
+    class_ids = np.concatenate([classes_of(rows, classes) for rows in global_batches(total, batch)])
     draws = np.empty((total, 2), np.int64)
     for which in range(classes):
         places = np.flatnonzero(class_ids == which)
@@ -79,11 +120,13 @@ class SubHeads:
         groups = [dist.new_group(ranks) if len(ranks) > 1 else None for ranks in holders]
         self._groups = [(held.index(s), groups[s]) for s in held if groups[s] is not None]
 
-    def scale(self, total: int) -> torch.Tensor:
-        """Views of a global batch for each one of a class, (classes,) float32: total / its views there."""
-        classes = self._shape["classes"]
-        own = torch.bincount(torch.arange(total) * classes // total, minlength=classes)
-        return (total / own.clamp(min=1)).to(self.device)
+    def scale(self, place: torch.Tensor, total: int) -> torch.Tensor:
+        """Views of the global batch for each one of a class, (classes,) float32; on every rank at once.
+
+        place (B,): the class of each of this rank's views; total: views of all ranks.
+        """
+        own = torch.bincount(place, minlength=self._shape["classes"])
+        return total / distributed.all_reduce(own).clamp(min=1)
 
     def reduce(self, _: int = 0) -> None:
         """Gradients of a classifier: the sum over the ranks that hold it, over the number of all ranks."""

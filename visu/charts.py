@@ -201,8 +201,8 @@ PANELS = (
     Panel(
         "rotation",
         "Accuracy of the rotation",
-        partial(share, name="rotation_accuracy"),
-        ("rotation_accuracy",),
+        partial(share, name="accuracy_rotation"),
+        ("accuracy_rotation",),
     ),
     Panel("lr", "Learning rate", partial(plain, name="lr"), ("lr",)),
 )

@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> Path:
     """Write the page; returns its path."""
     check(args)
     if args.csv:
-        file, num_clusters, name = Path(args.csv), None, Path(args.csv).name
+        file, num_clusters, fine, name = Path(args.csv), None, None, Path(args.csv).name
         folder, shards = args.data, args.shards
         out = Path(args.out) if args.out else file.with_suffix(".html")
     else:
@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> Path:
         folder, shards = source_of_run(args.exp)
         if args.data or args.shards:
             folder, shards = args.data, args.shards
-        num_clusters = clusters_of_run(Path(args.exp))
+        num_clusters, fine = clusters_of_run(Path(args.exp))
         out = Path(args.out) if args.out else Path(args.exp) / "clusters.html"
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist")
@@ -87,8 +87,8 @@ def main(args: argparse.Namespace) -> Path:
     log = Log()
     data.find_bits(images)
     write_gallery(
-        images, labels, distances, out, num_clusters=num_clusters, thumb=args.thumb, max_mb=args.max_mb,
-        seed=args.seed, name=name, log=log,
+        images, labels, distances, out, num_clusters=num_clusters, fine=fine, thumb=args.thumb,
+        max_mb=args.max_mb, seed=args.seed, name=name, log=log,
     )  # fmt: skip
     log(f"gallery: {out} ({out.stat().st_size / 1e6:.1f} MB)")
     return out
@@ -123,15 +123,18 @@ def source_of_run(exp: str) -> tuple[str | None, str | None]:
     return folder, shards
 
 
-def clusters_of_run(exp: Path) -> int | None:
-    """How many clusters the last clustering made, empty ones too; None where nothing tells."""
+def clusters_of_run(exp: Path) -> tuple[int | None, int | None]:
+    """How many clusters the last clustering made, empty ones too, and how many of them a super-cluster has.
+
+    None where nothing tells, or there are no super-clusters.
+    """
     if (exp / checkpoint.CLUSTERING).is_file():
         assignment = checkpoint.read(exp / checkpoint.CLUSTERING, peek=True).get("assignment")
-        return number_of(assignment, "num_clusters")
+        return number_of(assignment, "num_clusters"), number_of(assignment, "fine")
     if (exp / "log.jsonl").is_file():
         records = logs.read_lines(exp / "log.jsonl")
-        return number_of(records[-1].get("clusters"), "number") if records else None
-    return None
+        return number_of(records[-1].get("clusters"), "number") if records else None, None
+    return None, None
 
 
 def number_of(found: Any, name: str) -> int | None:

@@ -53,7 +53,9 @@ function withMarks(text, query) {  // the text with what was searched for marked
 
 const bySize = (a, b) => b.size - a.size || a.id - b.id;
 const by = (field, sign) => (a, b) => sign * (a[field] - b[field]) || bySize(a, b);
+const superCluster = (cluster) => Math.floor(cluster.id / page.fine);
 const ORDERS = [
+  ...(page.fine ? [["super", "By super-cluster", (a, b) => superCluster(a) - superCluster(b) || bySize(a, b)]] : []),
   ["largest", "Largest first", bySize],
   ["smallest", "Smallest first", by("size", 1)],
   ...(page.hasDistances
@@ -106,6 +108,7 @@ const watcher = new IntersectionObserver((entries) => {
 function section(cluster) {
   const element = make("section", { class: "cluster", id: `cluster-${cluster.id}`, "aria-labelledby": `title-${cluster.id}` });
   const facts = [make("span", { class: "fact" }, make("b", {}, number(cluster.size)), cluster.size === 1 ? " image" : " images")];
+  if (page.fine) facts.push(make("span", { class: "fact" }, `in super-cluster ${superCluster(cluster)}`));
   if (cluster.purity !== null) {
     facts.push(make("span", { class: "fact purity" }, "purity ", make("b", {}, percent(cluster.purity)),
       ` ${shown(page.classes[cluster.majority])}`));

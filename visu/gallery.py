@@ -32,6 +32,7 @@ def write_gallery(
     out: str | Path,
     *,
     num_clusters: int | None = None,
+    fine: int | None = None,
     thumb: int | None = None,
     max_mb: float = 20,
     seed: int = 31,
@@ -42,17 +43,17 @@ def write_gallery(
 
     labels (N,) int64 in the order of the images; distances (N,) squared L2 to the centroid, or None: then
     "nearest" is "first" and there is no compactness. num_clusters counts the empty ones too (default: up to
-    the largest label). thumb: longer side of the thumbnails in pixels, by default as large as fits. The file
-    has at most max_mb * 10**6 bytes: what was left out is said on the page. About THUMBNAILS_PER_MB * max_mb
-    images are decoded at most; those that cannot be are counted. Raises UserError where not even the numbers
-    fit.
+    the largest label). fine: clusters in a super-cluster, by which the page then orders them. thumb: longer
+    side of the thumbnails in pixels, by default as large as fits. The file has at most max_mb * 10**6 bytes:
+    what was left out is said on the page. About THUMBNAILS_PER_MB * max_mb images are decoded at most; those
+    that cannot be are counted. Raises UserError where not even the numbers fit.
     """
     if len(labels) != len(images) or (distances is not None and len(distances) != len(images)):
         raise ValueError(f"{len(labels)} labels for {len(images)} images")
     clusters = measure_clusters(labels, distances, images.classes)
     num_clusters = max(num_clusters or 0, clusters[-1].id + 1 if clusters else 0)
     side = thumb or choose_side(len(images), len(clusters), max_mb * 1e6)
-    page = empty_page(name, side, images.class_names, distances is not None)
+    page = empty_page(name, side, images.class_names, distances is not None) | {"fine": fine}
     all_names = names_fit(images, max_mb * 1e6)
     room = room_for_pictures(page, clusters, images, distances, all_names, max_mb)
     broken = fill_clusters(images, clusters, side, room, seed, log)

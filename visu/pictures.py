@@ -23,7 +23,7 @@ def write_pictures(exp: Path, images: ImageList, labels: PseudoLabels, seed: int
     try:
         gallery.write_gallery(
             images, found.labels, found.distances, exp / "clusters.html", num_clusters=found.num_clusters,
-            seed=seed, name=exp.resolve().name, log=log,
+            fine=None if found.coarse is None else found.fine, seed=seed, name=exp.resolve().name, log=log,
         )  # fmt: skip
         log(f"gallery of the clusters: {exp}/clusters.html")
         png, page = report.write_report(exp)

@@ -3,7 +3,7 @@
 import shlex
 from typing import Any
 
-from training.logs import advice
+from training.logs import advice, flags_of
 from visu.pages import printable
 from visu.records import Records, log_k, value
 
@@ -61,24 +61,25 @@ def warnings_of(records: Records, config: dict[str, Any]) -> list[str]:
     """What went wrong, plainly: collapse, empty clusters, a loss at log k or far above."""
     n, last = value(config, "images", "number"), records[-1]
     largest, number = value(last, "clusters", "max"), value(last, "clusters", "number")
+    rate, k = flags_of(config.get("args", {}))
     found = []
     if number == 1:
         found.append("there is only one cluster: all images have the same label, nothing can be learnt.")
     elif n and largest and largest > n / 2:
         found.append(
-            f"collapse: the largest cluster holds {largest:,.0f} of {n:,.0f} images. Try a lower --lr, "
-            "another --k, or colour instead of --sobel."
+            f"collapse: the largest cluster holds {largest:,.0f} of {n:,.0f} images. Try a lower {rate}, "
+            f"another {k}, or colour instead of --sobel."
         )
     elif n and any((value(record, "clusters", "max") or 0) > n / 2 for record in records):
         found.append("in an earlier epoch one cluster held more than half of the images (collapse).")
     filled = value(last, "clusters", "nonempty")
     if number and filled is not None and filled < 0.9 * number:
         found.append(
-            f"{number - filled:,.0f} of {number:,.0f} clusters are empty: --k is too large for these images."
+            f"{number - filled:,.0f} of {number:,.0f} clusters are empty: {k} is too large for these images."
         )
     loss, guess = value(last, "loss"), log_k(last)
     if loss is not None and guess and value(last, "loss_over_log_k") is not None:
-        warning = advice(last["epoch"], loss, guess)
+        warning = advice(last["epoch"], loss, guess, config.get("args", {}))
         found += [f"{warning}."] if warning else []
     return found
 

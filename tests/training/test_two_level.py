@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.two_level import SubHeads, by_super_class, class_of_row, held_classes
+from training.two_level import SubHeads, by_super_class, classes_of, global_batches, held_classes
 
 
 def sub_labels(n, coarse, fine, seed=0):
@@ -10,7 +10,8 @@ def sub_labels(n, coarse, fine, seed=0):
 
 
 @pytest.mark.parametrize(
-    "n, coarse, turns, fine, batch", [(96, 2, 4, 3, 16), (101, 3, 1, 4, 17), (60, 1, 4, 2, 64)]
+    "n, coarse, turns, fine, batch",
+    [(96, 2, 4, 3, 16), (101, 3, 1, 4, 17), (60, 1, 4, 2, 64), (101, 2, 4, 3, 20), (97, 2, 4, 2, 24)],
 )
 def test_an_epoch_has_n_draws_equal_over_classes_and_sub_classes(n, coarse, turns, fine, batch):
     ids = sub_labels(n, coarse, fine)
@@ -18,9 +19,9 @@ def test_an_epoch_has_n_draws_equal_over_classes_and_sub_classes(n, coarse, turn
     assert draws.shape == (n, 2)
     classes = ids[draws[:, 0]] // fine * turns + draws[:, 1]
     counts = np.bincount(classes, minlength=coarse * turns)
-    assert counts.sum() == n and counts.max() - counts.min() <= 1 + n // batch
-    for start in range(0, n, batch):
-        part = classes[start : start + batch]
+    assert counts.sum() == n and counts.max() - counts.min() <= 1
+    for rows in global_batches(n, batch):
+        part = classes[rows.start : rows.stop]
         assert (np.diff(part) >= 0).all()  # ordered by class
         in_batch = np.bincount(part, minlength=coarse * turns)
         assert in_batch.max() - in_batch.min() <= 1
@@ -44,15 +45,15 @@ def test_an_empty_super_cluster_gets_no_draws():
 
 
 @pytest.mark.parametrize(
-    "classes, batch, draws, ranks", [(8, 16, 96, 2), (8, 17, 101, 3), (3, 10, 23, 4), (4, 64, 60, 3)]
+    "classes, batch, draws, ranks",
+    [(8, 16, 96, 2), (8, 17, 101, 3), (3, 10, 23, 4), (4, 64, 60, 3), (8, 20, 101, 2), (7, 5, 400, 3)],
 )
 def test_a_rank_holds_the_classes_of_the_rows_that_it_is_dealt(classes, batch, draws, ranks):
     for rank in range(ranks):
         held = set()
-        for start in range(0, draws, batch):
-            total = min(batch, draws - start)
-            rows = range(total * rank // ranks, total * (rank + 1) // ranks)
-            held |= {class_of_row(row, total, classes) for row in rows}
+        for dealt in global_batches(draws, batch):
+            own = range(len(dealt) * rank // ranks, len(dealt) * (rank + 1) // ranks)
+            held |= set(classes_of(dealt, classes)[own.start : own.stop].tolist())
         assert held <= set(held_classes(classes, batch, draws, rank, ranks))
     assert len(held_classes(8, 16, 96, 0, 4)) == 2  # not all of them
 
@@ -60,8 +61,15 @@ def test_a_rank_holds_the_classes_of_the_rows_that_it_is_dealt(classes, batch, d
 def test_scale_is_the_batch_over_the_views_of_a_class():
     heads = SubHeads(torch.device("cpu"), 0.1, 0.9, 0.0)
     heads.make(dim=4, outputs=2, classes=4, batch=16, draws=32, seed=1)
-    assert heads.scale(16).tolist() == [4, 4, 4, 4]
-    assert heads.scale(6).tolist() == [3, 6, 3, 6]
+    assert heads.scale(torch.arange(4).repeat(4), 16).tolist() == [4, 4, 4, 4]
+    assert heads.scale(torch.tensor([0, 0, 1, 2, 2, 3]), 6).tolist() == [3, 6, 3, 6]
+
+
+def test_a_last_batch_of_one_view_joins_the_one_before_it():
+    """As training takes them: the class of its view is in the order of the longer batch."""
+    assert global_batches(33, 16) == [range(16), range(16, 33)]
+    draws = by_super_class(np.zeros(33, np.int64), 1, np.array([0]), 4, 33, 16, seed=1)
+    assert (np.diff(draws[16:, 1]) >= 0).all() and held_classes(4, 16, 33, 1, 2) == range(1, 4)
 
 
 def test_heads_go_on_from_their_state_momentum_included():

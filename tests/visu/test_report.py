@@ -100,7 +100,7 @@ def test_panels_are_those_of_which_the_log_holds_numbers():
         "seconds": {"train": 5.0, "total": 5.0},
     }
     assert panel_names([swav]) == ["loss", "lr", "seconds"]
-    assert panel_names([{"epoch": 0, "rotation_accuracy": 0.4}]) == ["rotation"]
+    assert panel_names([{"epoch": 0, "accuracy_rotation": 0.4}]) == ["rotation"]
     assert panel_names([{"epoch": 0}]) == []
 
 
