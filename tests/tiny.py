@@ -3,8 +3,11 @@
 As a script it is main.py with that network: python -m tests.tiny DIR --arch tiny ...
 """
 
+import os
+
 from torch import nn
 
+import clustering
 import main
 import models
 from models.flat import conv_block, flat
@@ -36,4 +39,6 @@ def register() -> None:
 
 if __name__ == "__main__":
     register()
+    if os.environ.get("WHITEN_ALL"):  # as version 0.1 did (tests/golden.py --v1)
+        clustering.most_dimensions = lambda images: images
     run_main(main.main, main.get_parser().parse_args())
