@@ -179,7 +179,7 @@ def test_tests_run_with_coverage_and_some_of_them_without(tmp_path, recorder):
     modules = "algorithms checkpoint clustering data evaluation features models training"
     for module in modules.split():
         assert f"--cov={module} " in whole
-    assert whole.endswith("--cov-fail-under=90")
+    assert "--cov-fail-under=90 -n 2 " in whole
     assert some == "-m pytest tests/test_demo.py"
 
 
