@@ -20,7 +20,7 @@ if [[ $# -eq 0 ]]; then
     done
     coverage+=(--cov-report=term-missing:skip-covered --cov-fail-under=90)
     # Two processes of one thread each: most tests are too small for several threads.
-    coverage+=(-n "${TEST_PROCESSES:-2}" --dist loadfile)
+    coverage+=(-n "${TEST_PROCESSES:-2}" --dist worksteal)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 fi
 run "$PY" -m pytest ${coverage[@]+"${coverage[@]}"} "$@"

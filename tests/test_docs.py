@@ -37,7 +37,6 @@ def test_links_resolve(page):
             assert heading in anchors_of(target), f"{page.name}: {link} has no such heading"
 
 
-@pytest.mark.xfail(reason="docs/gallery.png: still to be made; then drop this mark", strict=True)
 def test_pictures_are_there():
     pictures = [page.parent / link for page in PAGES for link in PICTURE.findall(text_of(page))]
     assert pictures and all(picture.is_file() for picture in pictures)

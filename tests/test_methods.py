@@ -188,8 +188,7 @@ def torchrun(processes, method, images, exp, *flags, batch=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("method, processes", [*((name, 2) for name in METHODS), ("deepercluster", 4)])
 def test_several_processes_give_the_run_of_one(method, processes, images, finished, tmp_path):
     name = "--nepochs" if method == "deepercluster" else "--epochs"
     exp = tmp_path / "exp"
