@@ -30,7 +30,9 @@ deepclusterv2)
     ;;
 swav)
     MAIN=main_swav.py
-    DEMO=(--arch resnet18 "${CROPS[@]}" "${HEAD[@]}" --nmb_prototypes 100 --freeze_prototypes_niters 62)
+    # Fewer prototypes than a batch has images, or codes cannot spread over them.
+    DEMO=(--arch resnet18 "${CROPS[@]}" "${HEAD[@]}" --nmb_prototypes 40 --freeze_prototypes_niters 62
+        --jitter_strength 0.2 --epochs 3)
     LAYERS=(layer3 avgpool)
     ;;
 deepercluster)
