@@ -4,9 +4,10 @@
     python eval_knn.py --data DIR --model exp/checkpoint.pth.tar --image-size 64 --pixels \\
         --baseline exp/checkpoints/checkpoint_0.pth.tar
 
-DIR has train/ and val/ with the same class sub-folders. Each layer's L2-normalised features of the central
-views are judged twice. kNN: an image of val/ gets the class that its k nearest images of train/ vote for,
-with weights exp(cosine / temperature). Clustering: k-means of val/, compared with its classes.
+DIR has train/ and val/ with class sub-folders, or --labels tells the classes. Each layer's L2-normalised
+features of the central views are judged twice. kNN: an image of val gets the class that its k nearest images
+of train vote for, with weights exp(cosine / temperature). Clustering: k-means of val, compared with its
+classes.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from commandline import (
     add_bad_images,
     add_exp,
     add_image_size,
+    add_labels,
     add_machine,
     add_seed,
     at_least,
@@ -56,6 +58,7 @@ def get_parser() -> Parser:
 
 def add_subject(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data", required=True, metavar="DIR", help="path to dataset, with train/ and val/")
+    add_labels(group)
     group.add_argument(
         "--model", required=True, metavar="PATH", help="checkpoint of the network, or random:ARCH"
     )
@@ -106,11 +109,11 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     device, log = choose_device(args.device), Log()
     set_precision(args.precision, device)
     bad_images = {"bad_list": f"{args.exp}/bad_images.txt", "skip_bad": args.skip_bad_images}
-    train, val = open_train_val(args.data, args.workers, **bad_images)
+    train, val = open_train_val(args.data, args.workers, log=log, labels=args.labels, **bad_images)
     networks, layers = open_networks(args)
     clusters = args.clusters or len(np.unique(val.classes))
     if clusters > len(val):
-        raise UserError(f"--clusters {clusters}: more than the {len(val)} images in {args.data}/val")
+        raise UserError(f"--clusters {clusters}: more than the {len(val)} images in {val.name}")
     ks = cap_neighbours(args.k, len(train), log)
     make_folder(args.exp)
 
@@ -206,6 +209,8 @@ def describe(
     protocol = {"data": args.data, "model": args.model}
     if args.baseline:
         protocol["baseline"] = args.baseline
+    if args.labels:
+        protocol["labels"] = args.labels
     return protocol | {
         "train images": len(train),
         "val images": len(val),

@@ -4,9 +4,9 @@
     python eval_linear.py --data DIR --model exp/checkpoint.pth.tar --layers layer4 avgpool --exp exp/linear
     python eval_linear.py --data DIR --model random:alexnet:sobel --conv 1 2 3 4 5 --exp exp/random
 
-DIR has train/ and val/ with class sub-folders. The network runs once a batch, frozen and in eval mode; on the
-pooled activation of each chosen layer (of a convolution after its ReLU) one linear classifier trains. They
-share nothing but the batches: each is the same as when it trains alone.
+DIR has train/ and val/ with class sub-folders, or --labels tells the classes. The network runs once a batch,
+frozen and in eval mode; on the pooled activation of each chosen layer (of a convolution after its ReLU) one
+linear classifier trains. They share nothing but the batches: each is the same as when it trains alone.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from commandline import (
     Parser,
     add_bad_images,
     add_image_size,
+    add_labels,
     add_machine,
     add_run,
     at_least,
@@ -35,6 +36,7 @@ def get_parser() -> Parser:
 
 def add_subject(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--data", metavar="DATA", help="path to dataset, with train/ and val/")
+    add_labels(group)
     group.add_argument(
         "--model",
         metavar="MODEL",
@@ -144,13 +146,15 @@ FIXED = (
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train and evaluate; returns one dict a layer, as in results.json. Files go into args.exp."""
     if not args.data:
-        raise UserError("--data is missing: give a folder with train/ and val/")
+        raise UserError("--data is missing: give a folder with train/ and val/, or --labels too")
     net = weights.load(args.model, args.layers or [], args.seed)
     args.layers, args.conv = choose_layers(net, args.conv or [], args.layers or []), None
     with Run(args, "linear", FIXED, own_files=True) as run:
         results.read(run.exp)
         bad_list = run.exp / "bad_images.txt"
-        images, val = open_train_val(args.data, args.workers, bad_list, args.skip_bad_images, run.log)
+        images, val = open_train_val(
+            args.data, args.workers, bad_list, args.skip_bad_images, run.log, args.labels
+        )
         run.keep(train_images=images, val_images=val, network=(fingerprint := Fingerprint(net)))
         train, held_out = hold_out(images, args.val_fraction, args.seed)
         judged = {"val": val} | ({} if held_out is None else {"held_out": held_out})
@@ -191,6 +195,7 @@ def describe(args: argparse.Namespace, net: Network, splits: dict[str, ImageList
         chosen = f"held-out {args.val_fraction:g} of train"
     return {
         "data": args.data,
+        **({"labels": args.labels} if args.labels else {}),
         **{f"{name} images": len(images) for name, images in splits.items()},
         "classes": len(splits["train"].class_names),
         "network": f"{args.model} ({net})",

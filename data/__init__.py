@@ -11,6 +11,7 @@ from data.sources import (
     check_headers,
     leave_out,
     list_source,
+    look_at,
     open_images,
     reasons,
     refuse_overwriting,
@@ -33,7 +34,7 @@ __all__ = [
     "EXTENSIONS", "FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "Batch", "CropCache", "ImageError", "ImageList",
     "PackedPaths", "PlainView", "RandomView", "Transform", "broken_reason", "cannot_decode", "central_crop",
     "check_headers", "classes_of", "decode_file", "find_bits",
-    "init_worker", "leave_out", "list_images", "list_source",
+    "init_worker", "leave_out", "list_images", "list_source", "look_at",
     "make_loader", "normalise", "open_cache", "open_images", "probe_train_crop", "reasons",
     "refuse_overwriting", "seeded", "ten_crops", "to_input", "train_crop", "turned", "voc_train_crop",
 ]  # fmt: skip

@@ -55,6 +55,20 @@ def open_images(
     to go on: it is asked before anything is read, and again if images were left out.
     """
     images = list_source(folder, shards, scaled, skip_bad, all_splits)
+    return look_at(images, bad_list, skip_bad=skip_bad, bits=bits, workers=workers, enough=enough, log=log)
+
+
+def look_at(
+    images: ImageList,
+    bad_list: str | Path,
+    *,
+    skip_bad: bool = False,
+    bits: int | None = None,
+    workers: int = 1,
+    enough: Callable[[ImageList], None] | None = None,
+    log: Log | None = None,
+) -> ImageList:
+    """Look at the headers of listed images; returns them. The second half of open_images, which see."""
     for note in images.notes if log is not None else []:
         log(note)
     if enough is not None:
