@@ -135,17 +135,6 @@ def add_bad_images(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_labels(parser: argparse._ActionsContainer) -> None:
-    """--labels, of evaluations whose images lie in no class folders."""
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="take the classes from this CSV file instead of from class sub-folders: a line `path,label` or "
-        "`path,label,split` at its top, then a line an image; paths start from the folder of the images or "
-        "are absolute; split is train or val, and without it paths begin with train/ or val/",
-    )
-
-
 def add_exp(parser: argparse._ActionsContainer, what: str) -> None:
     """--exp, the folder of what."""
     parser.add_argument("--exp", default="exp", metavar="EXP", help=f"folder of {what}")

@@ -17,12 +17,12 @@ from commandline import (
     add_bad_images,
     add_exp,
     add_image_size,
-    add_labels,
     add_machine,
     add_seed,
     at_least,
     positive,
 )
+from evaluation.flags import add_bootstrap, add_labels
 
 
 def get_parser() -> Parser:
@@ -48,6 +48,13 @@ def get_parser() -> Parser:
     group.add_argument(
         "--clusters", type=at_least(2), metavar="N", help="clusters of k-means (default: as many as classes)"
     )
+    group.add_argument(
+        "--cluster-train",
+        action="store_true",
+        help="also find clusters in train/, where --clusters may be many times the number of classes; images "
+        "of val/ join the nearest one, which stands for its most frequent class in train/",
+    )
+    add_bootstrap(group)
     add_seed(group)
     group = parser.add_argument_group("files and machine")
     add_exp(group, "results.json")
@@ -93,7 +100,15 @@ import torch
 from torch import nn
 
 from data import ImageList, PlainView, central_crop, leave_out, reasons
-from evaluation.knn import KMEANS_STARTS, cluster_figures, knn_accuracies, nearest, unit_features
+from evaluation import cluster_quality
+from evaluation.knn import (
+    KMEANS_STARTS,
+    cluster_figures,
+    knn_accuracies,
+    nearest,
+    train_cluster_figures,
+    unit_features,
+)
 from evaluation.labelled import open_train_val
 from evaluation.results import RESULTS, report
 from features import Pass
@@ -112,8 +127,9 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     train, val = open_train_val(args.data, args.workers, log=log, labels=args.labels, **bad_images)
     networks, layers = open_networks(args)
     clusters = args.clusters or len(np.unique(val.classes))
-    if clusters > len(val):
-        raise UserError(f"--clusters {clusters}: more than the {len(val)} images in {val.name}")
+    for images in (val, train) if args.cluster_train else (val,):
+        if clusters > len(images):
+            raise UserError(f"--clusters {clusters}: more than the {len(images)} images in {images.name}")
     ks = cap_neighbours(args.k, len(train), log)
     make_folder(args.exp)
 
@@ -133,14 +149,20 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         ks = cap_neighbours(ks, len(train), log)  # some of train/ may have been left out
         for layer, (x, size) in of_val.items():
-            log(f"{name}: neighbours and clusters of {layer}")
-            found = nearest(x, of_train[layer][0], max(ks), device)
+            rows, progress = of_train[layer][0], Progress(len(train), f"{name}: nearest by {layer}", log=log)
+            found = nearest(x, rows, max(ks), device, progress)
+            progress.close()
             figures = {"knn": knn_accuracies(*found, train.classes, val.classes, ks, args.temperature)}
-            figures |= cluster_figures(x, val.classes, clusters, args.seed, device)
+            log(f"{name}: clusters of {layer}")
+            how_many = (clusters, args.seed, device, args.bootstrap)
+            figures |= cluster_figures(x, val.classes, *how_many)
+            if args.cluster_train:
+                both = train_cluster_figures(rows, train.classes, x, val.classes, *how_many)
+                figures["clusters of train"] = both
             results.append({"network": name, "layer": layer, "size": size, **figures})
         del of_train, of_val  # the next network's features take as much again
 
-    for line in table(results):
+    for line in table(results) + cluster_table(results):
         log(line)
     report(args.exp, "knn", describe(args, train, val, ks, clusters, results, device), results)
     log(f"results in {args.exp}/{RESULTS}")
@@ -219,7 +241,10 @@ def describe(
         "network": "frozen, in eval mode",
         "features": f"{'; '.join(sizes)}; flat, L2-normalised",
         "kNN": f"val against train, k {' '.join(map(str, ks))}, weights exp(cosine / {args.temperature:g})",
-        "clustering": f"k-means of val, k {clusters}, best objective of {KMEANS_STARTS} starts",
+        "clustering": f"k-means of val, k {clusters}, best objective of {KMEANS_STARTS} starts"
+        + ("; also of train" if args.cluster_train else ""),
+        "clusters against classes": cluster_quality.MEANING,
+        "intervals": f"95 %, {args.bootstrap} draws of the images" if args.bootstrap else "none",
         "seed": args.seed,
         "precision": args.precision,
         "device": str(device),
@@ -229,16 +254,26 @@ def describe(
 def table(results: list[dict[str, Any]]) -> list[str]:
     """Lines of a table, a row for each layer and network, and the gain over the baseline if there is one."""
     ks = list(results[0]["knn"])
-    head = [f"kNN@{k}" for k in ks] + ["NMI", "AMI", "ARI", "ACC"]
-    lines = [f"{'layer':<10} {'network':<9}" + "".join(f"{title:>9}" for title in head)]
+    head = [f"kNN@{k}" for k in ks] + ["NMI geom.", "AMI", "ARI", "ACC"]
+    lines = [f"{'layer':<10} {'network':<9}" + "".join(f"{title:>10}" for title in head)]
     for layer in dict.fromkeys(row["layer"] for row in results):
         rows = {row["network"]: figures_of(row) for row in results if row["layer"] == layer}
         for name, figures in rows.items():
-            lines.append(f"{layer:<10} {name:<9}" + "".join(f"{figure:9.3f}" for figure in figures))
+            lines.append(f"{layer:<10} {name:<9}" + "".join(f"{figure:10.3f}" for figure in figures))
         if "baseline" in rows:
             gains = [after - before for after, before in zip(rows["model"], rows["baseline"])]
-            lines.append(f"{layer:<10} {'gain':<9}" + "".join(f"{gain:+9.3f}" for gain in gains))
+            lines.append(f"{layer:<10} {'gain':<9}" + "".join(f"{gain:+10.3f}" for gain in gains))
     return lines
+
+
+def cluster_table(results: list[dict[str, Any]]) -> list[str]:
+    """Lines with all figures of the clusterings, their intervals below them."""
+    names, rows = [], []
+    for row in results:
+        found = {"val": row} | {f"train's, {on}": of for on, of in row.get("clusters of train", {}).items()}
+        names += [f"{row['layer']} {row['network']}: {what}" for what in found]
+        rows += found.values()
+    return ["", *cluster_quality.table_lines(names, rows)]
 
 
 def figures_of(row: dict[str, Any]) -> list[float]:

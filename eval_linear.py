@@ -15,13 +15,13 @@ from commandline import (
     Parser,
     add_bad_images,
     add_image_size,
-    add_labels,
     add_machine,
     add_run,
     at_least,
     positive,
     within,
 )
+from evaluation.flags import add_labels
 
 
 def get_parser() -> Parser:

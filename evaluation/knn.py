@@ -7,27 +7,26 @@ Discrimination', CVPR 2018, section 3.4. Clustering: k-means of val, compared wi
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
-import faiss
 import numpy as np
 import torch
-from sklearn.metrics import adjusted_rand_score
 
 import clustering
-from algorithms.agreement import compare, hungarian_accuracy
-from algorithms.nearest import on_gpu
+from algorithms.agreement import Contingency
 from algorithms.pca import normalise_rows
 from data import PlainView
-from features import Pass, activation_batches
+from evaluation.cluster_quality import judge
+from features import Pass, activation_batches, without_rows
 from models.network import Network
-from util import Progress, UserError, derive_seed
+from util import Progress, UserError, derive_seed, set_precision
 
 KMEANS_STARTS = 5  # the start with the lowest objective counts: one start alone is mostly luck at 20 clusters
 # Maps are taken as they are up to FLAT values an image (AlexNet from conv 3 on), else averaged to POOLED or
 # fewer, about what the linear probe sees.
 FLAT, POOLED = 20_000, 10_000
-GPU_NEIGHBOURS = 2048  # the most that Faiss finds on a GPU
-GPU_BYTES = 4 * 2**30  # of train, and of val, on the GPU at once
+CHUNK_BYTES = 256 * 2**20  # of train, as float32, that are compared at once
+PRODUCTS = 2**26  # inner products that are held at once
 VOTE_ROWS = 4096  # images whose votes are held at once
 
 # ---------------------------------------------------------------------------------------- features
@@ -57,7 +56,8 @@ def unit_features(
     if not features:
         raise UserError(f"{view.images.name}: none of its {len(view)} images can be decoded")
     if broken:
-        features = {layer: np.delete(rows, broken, axis=0) for layer, rows in features.items()}
+        everything = range(len(view))
+        features = {layer: without_rows(rows, broken, everything) for layer, rows in features.items()}
     return {layer: (normalise_rows(rows), sizes[layer]) for layer, rows in features.items()}, sorted(broken)
 
 
@@ -88,25 +88,39 @@ def refuse_not_finite(values: torch.Tensor, layer: str, view: PlainView, index: 
 
 
 def nearest(
-    queries: np.ndarray, points: np.ndarray, k: int, device: torch.device
+    queries: np.ndarray, points: np.ndarray, k: int, device: torch.device, progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of `points` with the largest inner product with each query, largest first; exact, by Faiss.
+    """The k rows of `points` with the largest inner product with each query, largest first; exact.
 
-    queries (M, D), points (N, D), float32; of rows of norm 1 the inner product is the cosine.
-    Returns inner products (M, k) float32 and row numbers (M, k) int64.
+    queries (M, D), points (N, D), k at most N; of rows of norm 1 the inner product is the cosine. Both may be
+    memory maps, and float16: the products are of float32. `points` streams by once, so that beside it there
+    are CHUNK_BYTES of it, PRODUCTS inner products and the result. progress counts the points.
+    Returns inner products (M, k) float32 and row numbers (M, k) int64; of equal products the lower row of two
+    chunks comes first.
     """
-    if k > GPU_NEIGHBOURS or not on_gpu(device):
-        return faiss.knn(queries, points, k, metric=faiss.METRIC_INNER_PRODUCT)
-    return faiss.knn_gpu(
-        faiss.StandardGpuResources(),
-        queries,
-        points,
-        k,
-        metric=faiss.METRIC_INNER_PRODUCT,
-        device=device.index or 0,
-        vectorsMemoryLimit=GPU_BYTES,
-        queriesMemoryLimit=GPU_BYTES,
-    )
+    best = np.full((len(queries), k), -np.inf, np.float32)
+    rows = np.zeros((len(queries), k), np.int64)
+    chunk = max(1, CHUNK_BYTES // (4 * points.shape[1]))
+    some = max(1, PRODUCTS // chunk)
+    with set_precision("fp32", device):
+        for start in range(0, len(points), chunk):
+            block = to_device(points[start : start + chunk], device).T
+            for first in range(0, len(queries), some):
+                part = slice(first, first + some)
+                found, columns = (to_device(queries[part], device) @ block).topk(min(k, block.shape[1]))
+                found = torch.cat([to_device(best[part], device), found], 1)
+                columns = torch.cat([torch.from_numpy(rows[part]).to(device), columns + start], 1)
+                found, order = found.sort(dim=1, descending=True, stable=True)
+                best[part] = found[:, :k].cpu().numpy()
+                rows[part] = columns.gather(1, order[:, :k]).cpu().numpy()
+            if progress is not None:
+                progress.update(block.shape[1])
+    return best, rows
+
+
+def to_device(rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of rows as float32 on the device."""
+    return torch.from_numpy(np.array(rows, dtype=np.float32)).to(device)
 
 
 def knn_accuracies(
@@ -148,16 +162,40 @@ def vote(cosines: np.ndarray, classes: np.ndarray, num_classes: int, temperature
 
 
 def cluster_figures(
-    x: np.ndarray, classes: np.ndarray, clusters: int, seed: int, device: torch.device
-) -> dict[str, float]:
-    """k-means of `x` (N, D) float32 against the classes (N,): nmi (geometric), ami, ari, acc."""
-    starts = [
+    x: np.ndarray, classes: np.ndarray, clusters: int, seed: int, device: torch.device, draws: int = 0
+) -> dict[str, Any]:
+    """k-means of `x` (N, D) float32 against the classes (N,): the figures of cluster_quality.judge."""
+    found = best_kmeans(x, clusters, seed, device)
+    return judge(Contingency.of(found.labels, classes), draws=draws, seed=seed)
+
+
+def train_cluster_figures(
+    train: np.ndarray,
+    train_classes: np.ndarray,
+    val: np.ndarray,
+    val_classes: np.ndarray,
+    clusters: int,
+    seed: int,
+    device: torch.device,
+    draws: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """k-means of train (N, D); images of val (M, D) join the nearest centroid: {"train": ..., "val": ...}.
+
+    A cluster stands for the class most frequent in it in train (many_to_one, on val).
+    """
+    found = best_kmeans(train, clusters, seed, device)
+    labels, _ = clustering.assign(val, found.centroids, device)
+    of_train, of_val = Contingency.of(found.labels, train_classes), Contingency.of(labels, val_classes)
+    return {
+        "train": judge(of_train, draws=draws, seed=seed),
+        "val": judge(of_val, of_train.most_frequent_class(), draws=draws, seed=seed),
+    }
+
+
+def best_kmeans(x: np.ndarray, clusters: int, seed: int, device: torch.device) -> clustering.Assignment:
+    """The start with the lowest objective of KMEANS_STARTS."""
+    starts = (
         clustering.kmeans(x, clusters, derive_seed(seed, "eval-kmeans", start), device=device)
         for start in range(KMEANS_STARTS)
-    ]
-    labels = min(starts, key=lambda assignment: assignment.objective).labels
-    return {
-        **compare(labels, classes),
-        "ari": float(adjusted_rand_score(classes, labels)),
-        "acc": hungarian_accuracy(labels, classes),
-    }
+    )
+    return min(starts, key=lambda assignment: assignment.objective)

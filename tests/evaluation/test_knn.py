@@ -63,6 +63,45 @@ def test_nearest_gives_cosines_largest_first():
     np.testing.assert_allclose(cosines, -np.sort(-everything, axis=1)[:, :7], atol=1e-6)
 
 
+class Watched:
+    """Points that note which rows are taken."""
+
+    def __init__(self, rows):
+        self.rows, self.taken, self.shape = rows, [], rows.shape
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, part):
+        self.taken.append(range(*part.indices(len(self.rows))))
+        return self.rows[part]
+
+
+def test_train_streams_by_once_and_gives_what_the_whole_gives(monkeypatch, tmp_path):
+    train, val = unit_rows(103, 6, 11), unit_rows(17, 6, 12)
+    whole = knn.nearest(val, train, 30, CPU)
+    monkeypatch.setattr(knn, "CHUNK_BYTES", 4 * 6 * 10)  # 10 rows, fewer than the neighbours
+    monkeypatch.setattr(knn, "PRODUCTS", 50)
+    watched = Watched(train)
+    np.testing.assert_array_equal(knn.nearest(val, watched, 30, CPU)[1], whole[1])
+    assert [i for part in watched.taken for i in part] == list(range(103))
+    assert max(map(len, watched.taken)) == 10
+    assert knn.nearest(val, train, 103, CPU)[1].shape == (17, 103)  # all of them
+
+    np.save(tmp_path / "train.npy", train.astype(np.float16))
+    mapped = np.load(tmp_path / "train.npy", mmap_mode="r")
+    half = np.asarray(mapped, np.float32)
+    cosines, rows = knn.nearest(val, mapped, 30, CPU)
+    np.testing.assert_array_equal(rows, np.argsort(-(val @ half.T), axis=1)[:, :30])
+    assert cosines.dtype == np.float32
+
+
+def test_of_equal_cosines_the_row_of_the_earlier_chunk_comes_first(monkeypatch):
+    train = np.repeat(unit_rows(1, 8, 13), 40, axis=0)
+    monkeypatch.setattr(knn, "CHUNK_BYTES", 4 * 8)  # a row a chunk
+    assert knn.nearest(train[:2], train, 5, CPU)[1].tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
 def test_temperature_decides_between_one_near_and_two_far_neighbours():
     cosines, classes = np.array([[0.9, 0.8, 0.8]], np.float32), np.array([[0, 1, 1]])
     # exp(0.1 / T) against 2: the near one wins below T = 0.1 / log 2 = 0.144
@@ -104,12 +143,26 @@ def test_cluster_figures_equal_scikit_learns(monkeypatch):
     assert figures == pytest.approx(
         {
             "nmi": normalized_mutual_info_score(classes, labels, average_method="geometric"),
+            "nmi_arithmetic": normalized_mutual_info_score(classes, labels),
             "ami": adjusted_mutual_info_score(classes, labels),
             "ari": adjusted_rand_score(classes, labels),
             "acc": hungarian_accuracy(labels, classes),
+            "purity": sum(np.bincount(classes[labels == c]).max() for c in range(4)) / 120,
         },
         abs=1e-9,
     )
+
+
+def test_clusters_of_train_stand_for_its_classes_on_val():
+    """Two classes in four far-apart heaps; val holds one heap of each, one of its images in the other's."""
+    heaps = np.eye(6, dtype=np.float32)[:4]
+    train, train_classes = np.repeat(heaps, 10, axis=0), np.repeat([0, 0, 1, 1], 10)
+    val, val_classes = heaps[[0, 0, 2, 2, 2]], np.array([0, 1, 1, 1, 1])
+    found = knn.train_cluster_figures(train, train_classes, val, val_classes, 4, 31, CPU, draws=20)
+    assert found["train"]["purity"] == 1 and found["train"]["acc"] == 0.5
+    assert found["val"]["many_to_one"] == 0.8 and "many_to_one" not in found["train"]
+    low, high = found["val"]["intervals"]["many_to_one"]
+    assert low < 0.8 < high
 
 
 # ---------------------------------------------------------------------------------------- features
