@@ -3,6 +3,7 @@
     python eval_knn.py --data DIR --model exp/checkpoint.pth.tar --layers conv5 fc7.pre
     python eval_knn.py --data DIR --model exp/checkpoint.pth.tar --image-size 64 --pixels \\
         --baseline exp/checkpoints/checkpoint_0.pth.tar
+    python eval_knn.py --features features/train.npy features/val.npy
 
 DIR has train/ and val/ with class sub-folders, or --labels tells the classes. Each layer's L2-normalised
 features of the central views are judged twice. kNN: an image of val gets the class that its k nearest images
@@ -64,10 +65,15 @@ def get_parser() -> Parser:
 
 
 def add_subject(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--data", required=True, metavar="DIR", help="path to dataset, with train/ and val/")
+    group.add_argument("--data", metavar="DIR", help="path to dataset, with train/ and val/")
     add_labels(group)
+    group.add_argument("--model", metavar="PATH", help="checkpoint of the network, or random:ARCH")
     group.add_argument(
-        "--model", required=True, metavar="PATH", help="checkpoint of the network, or random:ARCH"
+        "--features",
+        nargs=2,
+        metavar=("TRAIN", "VAL"),
+        help="instead of --model: features that extract.py wrote, TRAIN.npy and VAL.npy with their .txt; "
+        "those of train are read from the disk as they are needed (with --cluster-train they are held)",
     )
     group.add_argument(
         "--baseline",
@@ -93,6 +99,7 @@ if __name__ == "__main__":
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,6 +108,7 @@ from torch import nn
 
 from data import ImageList, PlainView, central_crop, leave_out, reasons
 from evaluation import cluster_quality
+from evaluation.feature_files import match, names_of, open_rows
 from evaluation.knn import (
     KMEANS_STARTS,
     cluster_figures,
@@ -109,27 +117,53 @@ from evaluation.knn import (
     train_cluster_figures,
     unit_features,
 )
-from evaluation.labelled import open_train_val
+from evaluation.labelled import open_train_val, read_labels
 from evaluation.results import RESULTS, report
 from features import Pass
+from formats.rows import read_names
 from models.network import Network
 from models.weights import load
 from util import Log, Progress, UserError, choose_device, make_folder, run_main, set_precision
 
 PIXELS = "pixels"
+OF_IMAGES = ("data", "baseline", "layers", "pixels", "skip_bad_images", "image_size", "batch", "workers")
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluate the networks; returns one dict for each of them and each layer, as in results.json."""
+    check(args)
     device, log = choose_device(args.device), Log()
     set_precision(args.precision, device)
+    evaluate = judge_files if args.features else judge_networks
+    results, protocol = evaluate(args, device, log)
+    for line in table(results) + cluster_table(results):
+        log(line)
+    report(args.exp, "knn", protocol, results)
+    log(f"results in {args.exp}/{RESULTS}")
+    return results
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that do not go together."""
+    if bool(args.features) == bool(args.model):
+        raise UserError("give the network as --model PATH, or its --features TRAIN VAL, one of them")
+    if args.model and not args.data:
+        raise UserError("--data is missing: give a folder with train/ and val/, or --labels too")
+    parser = get_parser()
+    given = [name for name in OF_IMAGES if getattr(args, name) != parser.get_default(name)]
+    if args.features and given and not (given == ["data"] and args.labels):
+        name = given[0].replace("_", "-")
+        raise UserError(f"--{name}: not with --features, for which no image is looked at")
+
+
+def judge_networks(
+    args: argparse.Namespace, device: torch.device, log: Log
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(results, protocol) of the networks, whose features are held one network at a time."""
     bad_images = {"bad_list": f"{args.exp}/bad_images.txt", "skip_bad": args.skip_bad_images}
     train, val = open_train_val(args.data, args.workers, log=log, labels=args.labels, **bad_images)
     networks, layers = open_networks(args)
-    clusters = args.clusters or len(np.unique(val.classes))
-    for images in (val, train) if args.cluster_train else (val,):
-        if clusters > len(images):
-            raise UserError(f"--clusters {clusters}: more than the {len(images)} images in {images.name}")
+    clusters = choose_clusters(args, val.classes, {val.name: len(val), train.name: len(train)})
     ks = cap_neighbours(args.k, len(train), log)
     make_folder(args.exp)
 
@@ -148,25 +182,84 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
             for split, view in views.items()
         )
         ks = cap_neighbours(ks, len(train), log)  # some of train/ may have been left out
+        classes = (train.classes, val.classes)
         for layer, (x, size) in of_val.items():
-            rows, progress = of_train[layer][0], Progress(len(train), f"{name}: nearest by {layer}", log=log)
-            found = nearest(x, rows, max(ks), device, progress)
-            progress.close()
-            figures = {"knn": knn_accuracies(*found, train.classes, val.classes, ks, args.temperature)}
-            log(f"{name}: clusters of {layer}")
-            how_many = (clusters, args.seed, device, args.bootstrap)
-            figures |= cluster_figures(x, val.classes, *how_many)
-            if args.cluster_train:
-                both = train_cluster_figures(rows, train.classes, x, val.classes, *how_many)
-                figures["clusters of train"] = both
+            both = (of_train[layer][0], x)
+            figures = judge(args, f"{name}: {layer}", both, classes, ks, clusters, device, log)
             results.append({"network": name, "layer": layer, "size": size, **figures})
-        del of_train, of_val  # the next network's features take as much again
+        del of_train, of_val, both, x  # the next network's features take as much again
 
-    for line in table(results) + cluster_table(results):
-        log(line)
-    report(args.exp, "knn", describe(args, train, val, ks, clusters, results, device), results)
-    log(f"results in {args.exp}/{RESULTS}")
-    return results
+    sizes = dict.fromkeys(f"{row['layer']} {row['size']}" for row in results)
+    protocol = {
+        "data": args.data,
+        "model": args.model,
+        **({"baseline": args.baseline} if args.baseline else {}),
+        "view": f"central {args.image_size}x{args.image_size}, one crop",
+        "network": "frozen, in eval mode",
+        "features": f"{'; '.join(sizes)}; flat, L2-normalised",
+        "precision": args.precision,
+    }
+    return results, protocol | describe(
+        args, train.classes, val.classes, train.class_names, ks, clusters, device
+    )
+
+
+def judge_files(
+    args: argparse.Namespace, device: torch.device, log: Log
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """(results, protocol) of features in files; those of train stay there."""
+    labels = read_labels(args.labels, args.data or ".") if args.labels else None
+    train, val = (
+        open_rows(file, read_names(names_of(file)), split, labels)
+        for file, split in zip(args.features, ("train", "val"))
+    )
+    class_names = match(train, val)
+    clusters = choose_clusters(args, val.classes, {val.file: len(val), train.file: len(train)})
+    ks = cap_neighbours(args.k, len(train), log)
+    make_folder(args.exp)
+    both, classes = (train, val[:]), (train.classes, val.classes)
+    figures = judge(args, "features", both, classes, ks, clusters, device, log)
+    name = Path(args.features[1]).stem
+    protocol = {"features": f"{' and '.join(args.features)}; {train.shape[1]} values, L2-normalised"}
+    protocol |= describe(args, train.classes, val.classes, class_names, ks, clusters, device)
+    return [{"network": "file", "layer": name, "size": str(train.shape[1]), **figures}], protocol
+
+
+def judge(
+    args: argparse.Namespace,
+    label: str,
+    features: tuple[np.ndarray, np.ndarray],
+    classes: tuple[np.ndarray, np.ndarray],
+    ks: list[int],
+    clusters: int,
+    device: torch.device,
+    log: Log,
+) -> dict[str, Any]:
+    """The figures of one layer. features: unit rows of train (N, D) and val (M, D), classes: their ids.
+
+    Of train slices will do, if it is not to be clustered.
+    """
+    (rows, x), (train_classes, val_classes) = features, classes
+    progress = Progress(len(rows), f"{label}: neighbours in train", log=log)
+    found = nearest(x, rows, max(ks), device, progress)
+    progress.close()
+    figures = {"knn": knn_accuracies(*found, train_classes, val_classes, ks, args.temperature)}
+    log(f"{label}: clusters")
+    how = (clusters, args.seed, device, args.bootstrap)
+    figures |= cluster_figures(x, val_classes, *how)
+    if args.cluster_train:  # k-means holds all rows
+        both = train_cluster_figures(rows[:], train_classes, x, val_classes, *how)
+        figures["clusters of train"] = both
+    return figures
+
+
+def choose_clusters(args: argparse.Namespace, val_classes: np.ndarray, images: dict[str, int]) -> int:
+    """The number of clusters; images: how many there are in val, in train, by their names."""
+    clusters = args.clusters or len(np.unique(val_classes))
+    for name, number in list(images.items())[: 2 if args.cluster_train else 1]:
+        if clusters > number:
+            raise UserError(f"--clusters {clusters}: more than the {number} images in {name}")
+    return clusters
 
 
 class Pixels(nn.Module):
@@ -219,34 +312,25 @@ def extract(
 
 def describe(
     args: argparse.Namespace,
-    train: ImageList,
-    val: ImageList,
+    train_classes: np.ndarray,
+    val_classes: np.ndarray,
+    class_names: list[str],
     ks: list[int],
     clusters: int,
-    results: list[dict[str, Any]],
     device: torch.device,
 ) -> dict[str, Any]:
-    """All that the figures depend on."""
-    sizes = dict.fromkeys(f"{row['layer']} {row['size']}" for row in results)
-    protocol = {"data": args.data, "model": args.model}
-    if args.baseline:
-        protocol["baseline"] = args.baseline
-    if args.labels:
-        protocol["labels"] = args.labels
-    return protocol | {
-        "train images": len(train),
-        "val images": len(val),
-        "classes": len(train.class_names),
-        "view": f"central {args.image_size}x{args.image_size}, one crop",
-        "network": "frozen, in eval mode",
-        "features": f"{'; '.join(sizes)}; flat, L2-normalised",
+    """What the figures depend on, besides the features."""
+    return {
+        **({"labels": args.labels} if args.labels else {}),
+        "train images": len(train_classes),
+        "val images": len(val_classes),
+        "classes": len(class_names),
         "kNN": f"val against train, k {' '.join(map(str, ks))}, weights exp(cosine / {args.temperature:g})",
         "clustering": f"k-means of val, k {clusters}, best objective of {KMEANS_STARTS} starts"
         + ("; also of train" if args.cluster_train else ""),
         "clusters against classes": cluster_quality.MEANING,
         "intervals": f"95 %, {args.bootstrap} draws of the images" if args.bootstrap else "none",
         "seed": args.seed,
-        "precision": args.precision,
         "device": str(device),
     }
 

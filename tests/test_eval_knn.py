@@ -13,6 +13,7 @@ from PIL import Image
 
 import checkpoint
 import eval_knn
+import extract
 import models
 from tests.helpers import refuses
 
@@ -100,6 +101,68 @@ def test_k_is_capped_at_the_train_images_and_says_so(evaluate, capsys):
     results = evaluate()  # 18 train images, k 10, 20, 100, 200
     assert list(results[0]["knn"]) == ["10", "18"]
     assert "--k 20 100 200: capped at the 18 images in train/" in capsys.readouterr().out
+
+
+def test_files_of_extract_give_what_the_network_gives(evaluate, folder, model, tmp_path):
+    rows = evaluate(layers=["fc7.pre"], k=[1, 5], **{"cluster-train": []})
+    for split in ("train", "val"):
+        command = f"{folder / split} --model {model} --layer fc7.pre --out {tmp_path / split} --image-size 64"
+        extract.main(extract.get_parser().parse_args(f"{command} --workers 0 --device cpu".split()))
+    flags = ["--features", tmp_path / "train.npy", tmp_path / "val.npy", "--device", "cpu", "--k", 1, 5]
+    flags += ["--exp", tmp_path / "files", "--cluster-train"]
+    (found,) = eval_knn.main(eval_knn.get_parser().parse_args(list(map(str, flags))))
+    assert (found.pop("network"), found.pop("layer"), found.pop("size")) == ("file", "val", "40")
+    assert found == {name: rows[0][name] for name in found}
+
+    labels = tmp_path / "labels.csv"
+    paths = [f"{s}/{c}/{i}.png" for s, n in (("train", 6), ("val", 4)) for c in COLOURS for i in range(n)]
+    labels.write_text("path,label\n" + "".join(f"{path},{'rb'['blue' in path]}\n" for path in paths[1:]))
+    flags += ["--labels", labels]
+    (found,) = eval_knn.main(eval_knn.get_parser().parse_args(list(map(str, flags))))
+    written = json.loads((tmp_path / "files" / "results.json").read_text())["knn"]["protocol"]
+    assert (written["train images"], written["val images"], written["classes"]) == (17, 12, 2)
+    assert found["knn"]["1"] == 1.0
+
+
+def test_mistakes_in_files_of_features_are_named(evaluate, tmp_path):
+    def judge(*flags):
+        args = ["--features", tmp_path / "train.npy", tmp_path / "val.npy", "--exp", tmp_path / "exp", *flags]
+        eval_knn.main(eval_knn.get_parser().parse_args(list(map(str, args))))
+
+    def write(name, rows, *paths):
+        np.save(tmp_path / f"{name}.npy", rows)
+        (tmp_path / f"{name}.txt").write_text("".join(f"{path}\n" for path in paths))
+
+    with refuses("train.npy: not a file of extract.py"):
+        judge()
+    write("train", np.eye(3, dtype=np.float32), "a/1", "b/1")
+    with refuses("train.npy has 3 rows, its file of names 2"):
+        judge()
+    write("train", np.eye(3, dtype=np.float32), "a/1", "b/1", "c/1")
+    write("val", np.eye(2, dtype=np.float32), "a/2", "b/2")
+    with refuses("rows of 3 numbers, .*val.npy of 2"):
+        judge()
+    write("val", np.eye(3, dtype=np.float32), "a/2", "b/2", "d/2")
+    with refuses("class d is only in val"):
+        judge()
+    write("val", np.full((3, 3), np.nan, np.float32), "a/2", "b/2", "b/3")
+    with refuses("val.npy: the feature of a/2 is not finite"):
+        judge()
+    for flag in (["--pixels"], ["--image-size", "64"], ["--data", "images"]):
+        with refuses(f"{flag[0]}: not with --features"):
+            judge(*flag)
+    with refuses("give the network as --model PATH, or its --features"):
+        judge("--model", "random:tiny")
+
+
+def test_one_image_a_class_and_one_class_in_val(evaluate, tmp_path):
+    single = colour_folder(tmp_path / "single", train=1, val=1)
+    (row,) = evaluate(data=single, k=[1])
+    assert row["knn"] == {"1": 1.0} and row["acc"] == row["purity"] == 1.0
+    for name in ("blue", "red"):
+        shutil.rmtree(single / "val" / name)
+    (row,) = evaluate(data=single, k=[1])
+    assert row["knn"] == {"1": 1.0}
 
 
 @pytest.mark.parametrize(
