@@ -113,10 +113,23 @@ def test_digest_covers_the_labels(tmp_path, folders):
     assert list(one.paths) == list(two.paths) and one.digest() != two.digest()
 
 
-def test_the_probe_by_a_file_is_the_probe_by_folders(tmp_path, folders):
-    found = []
-    for flags in ([], ["--labels", str(table(tmp_path, "path,label", *lines_of(folders)))]):
-        command = f"--data {folders} --model random:tiny --conv 1 --epochs 1 --image-size 32 --workers 0"
-        args = f"{command} --device cpu --exp {tmp_path}/exp{len(flags)}".split() + flags
-        found.append(eval_linear.main(eval_linear.get_parser().parse_args(args)))
-    assert found[0] == found[1]
+def probe(folder, exp, *flags):
+    command = (
+        f"--data {folder} --model random:tiny --conv 1 --image-size 32 --workers 0 --device cpu --exp {exp}"
+    )
+    return eval_linear.main(eval_linear.get_parser().parse_args([*command.split(), *map(str, flags)]))
+
+
+def test_the_probe_by_a_file_is_the_probe_by_folders_and_goes_on_with_the_same_labels_alone(
+    tmp_path, folders
+):
+    lines = lines_of(folders)
+    by_file = ("--labels", table(tmp_path, "path,label", *lines))
+    whole = probe(folders, tmp_path / "a", "--epochs", 2)
+    probe(folders, tmp_path / "b", "--epochs", 1, *by_file)
+    assert probe(folders, tmp_path / "b", "--epochs", 2, "--resume", "auto", *by_file) == whole
+
+    lines[0] = lines[0].replace("png,ant", "png,bee")
+    table(tmp_path, "path,label", *lines)
+    with refuses("the run had other images"):
+        probe(folders, tmp_path / "b", "--epochs", 3, "--resume", "auto", *by_file)
