@@ -24,7 +24,7 @@ from commandline import Parser, add_machine, at_least, positive
 CROPS = "--nmb_crops 2 --min_scale_crops 0.3 --max_scale_crops 1 --blur 0"
 HEAD = "--hidden_mlp 512 --batch_size 64 --no-larc --base_lr 0.1 --final_lr 0.001 --warmup_epochs 0"
 TWO_LEVEL = "--lr 0.01 --wd 0.00001 --batch_size 64 --reassignment 1"
-# method -> script, its flags, the flag of the number of epochs. {size}: pixels, {k}: ten times the classes.
+# method -> script, its flags, the flag of the number of epochs. {size}: pixels, {k}: Subject.k.
 RECIPES = {
     "deepcluster": ("main.py", "--image-size {size} --k {k} --lr 0.01 --batch 64", "--epochs"),
     "pic": ("main.py", "--image-size {size} --clustering PIC --lr 0.01 --batch 64", "--epochs"),
@@ -133,6 +133,11 @@ class Subject:
     def classes(self) -> int:
         return len(self.train.images.class_names)
 
+    @property
+    def k(self) -> int:
+        """Ten clusters a class, of five images or more."""
+        return min(10 * self.classes, len(self.train.images) // 5)
+
 
 def main(args: argparse.Namespace) -> list[dict]:
     """Run and judge what is not there yet, print the tables; returns the figures, a dict a row and seed."""
@@ -188,7 +193,7 @@ def command(method: str, subject: Subject, epochs: int) -> list[str]:
     """The method's script with its recipe for this network and set, but for --exp and --seed."""
     script, flags, of_epochs = RECIPES[method]
     flags = f"{flags} {OTHERWISE.get((method, subject.arch), '')}"
-    flags = flags.format(size=subject.size, k=10 * subject.classes).split()
+    flags = flags.format(size=subject.size, k=subject.k).split()
     images = f"{subject.folder}/train"
     return [
         script,

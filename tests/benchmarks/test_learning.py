@@ -23,9 +23,10 @@ def test_every_recipe_is_a_command_line_of_its_script(method, arch, photos):
 
 
 def subject(folder, arch):
-    network = arch.removesuffix("s")
-    views = [type("View", (), {"images": type("Images", (), {"class_names": ["a", "b"]})})] * 2
-    return learning.Subject(str(folder), *views, network, arch, 64, folder, ["--workers", "0"])
+    view = PlainView(list_images(folder), central_crop(64))
+    return learning.Subject(
+        str(folder), view, view, arch.removesuffix("s"), arch, 64, folder, ["--workers", "0"]
+    )
 
 
 def test_the_table_gives_mean_range_and_gain():
