@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import data
 from data import ImageList
-from models.network import HEAD_STD, Network
+from models.network import Network, renew_linears
 from util import UserError, derive_seed
 
 SPLITS = {"train": ("train", "val"), "trainval": ("trainval", "test")}  # --split -> trained on, tested on
@@ -153,13 +153,7 @@ def renew(net: Network, num_classes: int, seed: int) -> None:
     """A fresh head for num_classes and, on the convolutions, fresh linears: N(0, 0.01), bias 0.1."""
     net.set_head(num_classes, derive_seed(seed, "voc head"))
     net.top_layer.bias.data.fill_(INIT_BIAS)
-    generator = torch.Generator().manual_seed(derive_seed(seed, "voc classifier"))
-    with torch.no_grad():
-        for layer in net.parts()[1].modules():
-            if isinstance(layer, nn.Linear):
-                layer.weight.normal_(0.0, HEAD_STD, generator=generator)
-                if layer.bias is not None:
-                    layer.bias.fill_(INIT_BIAS)
+    renew_linears(net.parts()[1], INIT_BIAS, derive_seed(seed, "voc classifier"))
 
 
 def freeze(net: Network, fc6_8: bool, train_batchnorm: bool) -> None:

@@ -18,6 +18,7 @@ ARCHITECTURES: dict[str, Callable[..., Network]] = {
     "resnet50w2": partial(resnet.resnet50, width=2),
     "resnet50w4": partial(resnet.resnet50, width=4),
     "resnet50w5": partial(resnet.resnet50, width=5),
+    "vgg16folded": vgg16.folded_vgg16,
 }
 
 __all__ = ["ARCHITECTURES", "Network", "build"]

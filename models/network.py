@@ -218,6 +218,17 @@ def initialise(net: nn.Module, seed: int | None = None) -> None:
                 module.bias.zero_()
 
 
+def renew_linears(module: nn.Module, bias: float, seed: int) -> None:
+    """Linear layers start anew: N(0, 0.01), every bias the same; what networks of flat layers are given."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                layer.weight.normal_(0.0, HEAD_STD, generator=generator)
+                if layer.bias is not None:
+                    layer.bias.fill_(bias)
+
+
 class Pool(nn.MaxPool2d):
     """Max pooling whose window shrinks to a map that is smaller than it, so that small images pass."""
 

@@ -1,4 +1,4 @@
-"""VGG-16, configuration D, with batch normalisation; and DeeperCluster's geometry of it."""
+"""VGG-16, configuration D, with batch normalisation; DeeperCluster's geometry of it, and that one folded."""
 
 import copy
 
@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.flat import conv_block, flat
-from models.network import Network, Pool
+from models.network import Network, Pool, initialise
+from util import UserError
 
 MAP_SIZE = 7  # 512 x 7 x 7 at 224 pixels
 UNITS = 4096
@@ -50,24 +51,52 @@ def build(sobel: bool = False, seed: int | None = None, wide: bool = False) -> N
     return net
 
 
+FOLDED = "vgg16folded"
+
+
+def folded_vgg16(sobel: bool = False, seed: int | None = None) -> Network:
+    """What `fold_sobel` makes of a vgg16wide with Sobel: colour in, a first convolution of 5 x 5.
+
+    Freshly drawn, everything but conv1 starts as that of a vgg16wide does. Raises UserError for sobel.
+    """
+    if sobel:
+        raise UserError(f"{FOLDED}: holds Sobel in its first convolution, it takes none in front")
+    net = build(sobel=False, seed=seed, wide=True)
+    net.arch = FOLDED
+    net.features[0] = _first(net.features[0].out_channels)
+    initialise(net.features[0], seed)
+    return net
+
+
+def _first(channels: int) -> nn.Conv2d:
+    """The folded first convolution: it pads by 3, two for the wide geometry and one of conv1's own."""
+    return nn.Conv2d(3, channels, 5, padding=3)
+
+
 def fold_sobel(net: Network) -> Network:
-    """net, a vgg16wide with Sobel, as one for colour images: grey, Sobel and conv1 are one 5 x 5 convolution.
+    """net, a vgg16wide with Sobel, as a vgg16folded: grey, Sobel and conv1 are one 5 x 5 convolution.
 
     Exact, also at the border, where the wide geometry has the zeros that conv1 is padded with: Caron et al.,
     ICCV 2019, section 4, 'pre-training for ImageNet'. Everything but conv1 is shared with net.
     """
-    if net.arch != "vgg16wide" or net.sobel is None:
+    if not folds(net):
         raise ValueError(f"{net}: only a vgg16wide with Sobel can be folded")
     grey, sobel = net.sobel[0].weight, net.sobel[1].weight  # (1, 3, 1, 1), (2, 1, 3, 3)
     old = net.features[0]
     # W5[o, ch, p + r, q + s] = grey[ch] * sum over g of W1[o, g, p, q] * sobel[g, r, s]: a full convolution.
     both = F.conv2d(old.weight, sobel.flip(2, 3).transpose(0, 1), padding=2)  # (64, 1, 5, 5)
-    new = nn.Conv2d(3, old.out_channels, 5, padding=3)
+    new = _first(old.out_channels)
     with torch.no_grad():
         new.weight.copy_(both * grey.view(1, 3, 1, 1))
         new.bias.copy_(old.bias)
     folded = copy.copy(net)
+    folded.arch = FOLDED
     folded._modules = dict(net._modules) | {"sobel": None}
     features = nn.Sequential(new.to(old.weight.device), *list(net.features)[1:])
     folded.features = features.train(net.training)
     return folded
+
+
+def folds(net: Network) -> bool:
+    """Whether Sobel and the first convolution of net are one convolution exactly, borders included."""
+    return net.arch == "vgg16wide" and net.sobel is not None

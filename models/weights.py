@@ -62,6 +62,8 @@ def model_weights(state: dict[str, Any], path: str | Path) -> tuple[str, dict[st
 def guess_arch(weights: dict[str, torch.Tensor]) -> str | None:
     """The architecture that has these parameters; None if there is none."""
     if "features.0.weight" in weights:
+        if weights["features.0.weight"].shape[1:] == (3, 5, 5):
+            return "vgg16folded"
         return "alexnet" if "classifier.1.weight" in weights else "vgg16"
     if "layer1.0.conv1.weight" not in weights or "conv1.weight" not in weights:
         return None

@@ -79,6 +79,31 @@ def test_what_cannot_be_folded_is_refused():
             fold_sobel(models.build(arch, sobel, seed=0))
 
 
+@torch.no_grad()
+def test_a_folded_network_is_written_and_read_as_what_it_is(wide, tmp_path):
+    folded, x = fold_sobel(wide), picture(32, 1)
+    expected = folded.activations(x, ["conv1", "fc7"])
+    state = folded.state_dict()
+    checkpoint.save(tmp_path / "net.pth", {"arch": folded.arch, "state_dict": state})
+    loaded = weights.load(tmp_path / "net.pth")
+    assert (loaded.arch, loaded.sobel, loaded.features[0].padding) == ("vgg16folded", None, (3, 3))
+    for name, value in loaded.activations(x, ["conv1", "fc7"]).items():
+        assert torch.equal(value, expected[name])
+    bare = {f"module.body.{name}": value for name, value in state.items()}  # as others would name it
+    assert weights.model_weights(bare, "bare.pth")[0] == "vgg16folded"
+    assert wide.arch == "vgg16wide" and wide.sobel is not None  # the one it was made of is what it was
+
+
+def test_a_folded_network_is_drawn_as_its_own_architecture():
+    net, again, other = (models.build("vgg16folded", seed=seed) for seed in (4, 4, 5))
+    taps = net.features[0].weight
+    assert taps.shape == (64, 3, 5, 5) and abs(taps.std().item() / (2 / (25 * 64)) ** 0.5 - 1) < 0.03
+    assert torch.equal(taps, again.features[0].weight) and not torch.equal(taps, other.features[0].weight)
+    assert torch.equal(net.classifier[3].bias, again.classifier[3].bias) and net.classifier[3].bias.any()
+    with refuses("vgg16folded: holds Sobel in its first convolution"):
+        models.build("vgg16folded", sobel=True)
+
+
 def test_linear_layers_start_as_pytorchs_do():
     net, again = (models.build("vgg16wide", seed=4) for _ in range(2))
     bound = 1 / math.sqrt(25088)
