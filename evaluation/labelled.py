@@ -1,6 +1,7 @@
 """The labelled images of an evaluation: their classes by sub-folders or by a file, a part held out.
 
-By sub-folders they lie in DATA/train/<class> and DATA/val/<class>; by a file (--labels) anywhere.
+By sub-folders they lie in DATA/train/<class> and DATA/val/<class>; by a file (--labels) anywhere. Tar shards of
+train and of val may tell the classes too.
 """
 
 import csv
@@ -158,16 +159,24 @@ def open_split(
     log: Log | None = None,
     labels: Labels | None = None,
     one_class: bool = False,
+    shards: str | None = None,
 ) -> ImageList:
     """The images of DATA/<split> with its class sub-folders, or those of `labels`; their headers looked at.
 
-    one_class: a single class will do. Raises UserError where images or classes are missing; bad images:
+    shards: a pattern of tar shards instead of DATA. one_class: a single class will do. Raises UserError where images or classes are missing; bad images:
     data.open_images.
     """
     if labels is not None:
         return data.look_at(
             labels.of_split(split), bad_list=bad_list, skip_bad=skip_bad, workers=workers, log=log
         )
+    if shards is not None:
+        images = data.open_images(
+            None, shards, bad_list=bad_list, skip_bad=skip_bad, workers=workers, log=log
+        )  # fmt: skip
+        if images.classes is None:
+            raise UserError(f"{shards}: tells no classes (paths <class>/<image>, or a .cls for every image)")
+        return images
     path = Path(folder) / split
     if not path.is_dir():
         raise UserError(f"{split}/ is missing in {folder} (expected DATA/train and DATA/val)")
@@ -183,17 +192,32 @@ def open_split(
     return images
 
 
+def refuse_missing(
+    folder: str | None, shards: str | None, val_shards: str | None, labels: str | None = None
+) -> None:
+    """UserError unless the images are named in one of the two ways: DATA, or shards of both splits."""
+    given = [folder is not None, shards is not None, val_shards is not None]
+    if given not in ([True, False, False], [False, True, True]):
+        raise UserError(
+            "--data is missing: give a folder with train/ and val/, or --shards and --val-shards, not both"
+        )
+    if labels is not None and folder is None:
+        raise UserError("--labels: is of the images in --data; shards tell their classes themselves")
+
+
 def open_train_val(
-    folder: str | Path,
+    folder: str | Path | None,
     workers: int,
     bad_list: Path,
     skip_bad: bool = False,
     log: Log | None = None,
     labels: str | Path | None = None,
+    shards: tuple[str | None, str | None] = (None, None),
 ) -> tuple[ImageList, ImageList]:
     """The images to train on and those to judge by, class ids meaning the same in both.
 
     labels: a file that tells the classes; without one they lie in DATA/train/<class> and DATA/val/<class>.
+    shards: of train and of val, instead of DATA.
     A class that is only in train is fine: its id counts. One that is only in val cannot be told: UserError.
     """
     read = None
@@ -201,10 +225,11 @@ def open_train_val(
         read = read_labels(labels, folder)
         find_images(read, log)
     train, val = (
-        open_split(folder, split, workers, bad_list, skip_bad, log, read, one_class=split == "val")
-        for split in SPLITS
+        open_split(folder, split, workers, bad_list, skip_bad, log, read, split == "val", pattern)
+        for split, pattern in zip(SPLITS, shards)
     )
-    match_classes(train, val, f"{folder}: class folder" if read is None else f"{labels}: class")
+    where = labels or shards[1]
+    match_classes(train, val, f"{folder}: class folder" if where is None else f"{where}: class")
     return train, val
 
 

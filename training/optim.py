@@ -1,7 +1,7 @@
 """Optimisers and learning rates. A schedule is a function of the steps done: it gives the next one's rate."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,11 @@ def bottou(lr: float, weight_decay: float) -> Schedule:
 def halved(lr: float, every: int) -> Schedule:
     """lr, halved after every so many steps."""
     return lambda steps: lr * 0.5 ** (steps // every)
+
+
+def stepped(lr: float, gamma: float, at: Sequence[int], epoch: int) -> float:
+    """The rate of an epoch, counted from 0: lr, times gamma for each of the epochs `at` that has begun."""
+    return lr * gamma ** sum(epoch >= start for start in at)
 
 
 def cosine(
