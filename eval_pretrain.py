@@ -25,8 +25,8 @@ def get_parser() -> Parser:
         type=word,
         default=True,
         metavar="BOOL",
-        help="fold the Sobel filters of a vgg16wide into its first convolution, which then sees colour; false, "
-        "and of other networks: they stay in front, fixed, and the network sees edges alone",
+        help="fold the Sobel filters of a vgg16wide into its first convolution, which then sees colour; "
+        "false, and of other networks: they stay in front, fixed, and edges alone are seen",
     )
     group = parser.add_argument_group("training")
     add_training(group, epochs=100, decay_epochs=[30, 60, 90], gamma=0.1, wd=1e-4)
