@@ -16,6 +16,7 @@ import models
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path for path in ROOT.glob("recipes/*.sh") if path.name != "common.sh")
+EVALUATIONS = [path for path in RECIPES if path.name.startswith("eval_")]
 SCRIPTS = [
     *sorted([*ROOT.glob("*.sh"), *ROOT.glob("visu/*.sh"), *ROOT.glob("recipes/*.sh")]),
     ROOT / ".ci" / "run",
@@ -25,7 +26,7 @@ SOURCED = ("env.sh", "common.sh")
 SETTINGS = (
     "DIR", "ARCH", "LR", "WD", "K", "WORKERS", "EXP", "DEMO_DIR", "PYTHON", "DATA", "MODEL", "VOC", "CONV",
     "LAYERS", "DATASETS", "EVAL", "STAGE", "S", "L", "GND", "TEMP", "SPLIT", "FC6_8", "NIT", "BATCH", "PRINT",
-    "TRAIN_BATCHNORM", "EVAL_RANDOM_CROPS", "STEPSIZE", "GPUS",
+    "TRAIN_BATCHNORM", "EVAL_RANDOM_CROPS", "STEPSIZE", "GPUS", "LIST",
 )  # fmt: skip
 
 
@@ -200,7 +201,9 @@ def parse(script: str, flags: list[str]) -> argparse.Namespace:
     )
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES if path not in EVALUATIONS], ids=lambda path: path.stem
+)
 def test_recipes_name_flags_that_their_script_takes(path, tmp_path):
     result = bash(path, "--seed", "7", cwd=tmp_path, PRINT="1")
     assert result.returncode == 0, result.stderr
@@ -208,6 +211,33 @@ def test_recipes_name_flags_that_their_script_takes(path, tmp_path):
     args = parse(script, ["images", *flags])
     assert script.removesuffix(".py").removeprefix("main_") in ("main.py", "main", path.stem.split("_")[0])
     assert args.arch in models.ARCHITECTURES and args.seed == 7  # flags of the caller come last
+
+
+@pytest.mark.parametrize("path", EVALUATIONS, ids=lambda path: path.stem)
+def test_recipes_of_evaluations_give_the_published_settings_and_take_a_network(path, tmp_path, recorder):
+    result = bash(path, "--seed", "7", cwd=tmp_path, PYTHON=recorder, DIR="data", MODEL="net", GPUS="1")
+    assert result.returncode == 0, result.stderr
+    script, *flags = calls(recorder)[0].split()
+    args = parse(script, flags)
+    assert (args.data, args.model, args.exp, args.resume, args.seed) == ("data", "net", "exp", "auto", 7)
+    rates = {"1percent": (0.02, 5), "10percent": (0.01, 0.2)}.get(path.stem.split("_")[-1])
+    plain = parse(script, ["--data", "data", "--model", "net", "--resume", "auto", "--seed", "7"])
+    if rates is not None:
+        assert (args.lr, args.lr_last_layer) == rates and args.labels is None
+        plain.lr, plain.lr_last_layer, plain.labels_perc = *rates, args.labels_perc
+    assert vars(args) == vars(plain)  # the defaults are the published settings
+    printed = bash(path, cwd=tmp_path, PRINT="1", MODEL="net").stdout.splitlines()
+    assert printed[:3] == [script, "--model", "net"]
+    result = bash(path, cwd=tmp_path, PYTHON=recorder, DIR="data")
+    assert result.returncode == 2 and "MODEL to a checkpoint" in result.stderr
+
+
+def test_a_recipe_takes_the_published_list(tmp_path, recorder):
+    recipe = ROOT / "recipes" / "eval_semisup_1percent.sh"
+    bash(recipe, cwd=tmp_path, PYTHON=recorder, DIR="d", MODEL="m", GPUS="2", LIST="a.txt")
+    (call,) = calls(recorder)
+    assert call.startswith("-m torch.distributed.run --standalone --nproc-per-node 2 eval_semisup.py --data d ")
+    assert " --model m --labels_perc 1 --labels a.txt " in call
 
 
 def test_a_recipe_runs_its_script_and_goes_on(tmp_path, recorder):
