@@ -76,6 +76,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         tuned = Tuned(run.network(net, sync_bn=True), len(train.class_names), plan)
         protocol = describe(args, train, val, net, plan) | {"Sobel": sobel}
         announce(run, protocol)
+        run.log(sobel)
 
         def judged(
             label: str, crop: Callable[[int], Transform] = central_crop, crops: int = 1

@@ -5,7 +5,7 @@ name a line, such as n01440764_10026.JPEG: the class is what stands before the `
 """
 
 from collections import defaultdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
@@ -41,28 +41,29 @@ def listed_mask(images: ImageList, path: str | Path) -> np.ndarray:
     file that is no text, for names that are not there (the first one, and how many), for one given twice.
     """
     lines = read_lines(path)
-    by_path = {name: i for i, name in enumerate(images.paths)}
-    by_name: dict[str, list[int]] = defaultdict(list)
-    for name, i in by_path.items():
-        by_name[PurePosixPath(name).name].append(i)
-    skipped = {name for left_out in images.skipped for name in (left_out, PurePosixPath(left_out).name)}
+    ids = {name: c for c, name in enumerate(images.class_names)}
+    places = {name: i for i, name in enumerate(images.paths)}
+    called: dict[str, list[int]] = defaultdict(list)  # by file name alone
+    for name, i in places.items():
+        called[file_name(name)].append(i)
+    skipped = {*images.skipped, *map(file_name, images.skipped)}
     mask, unknown = np.zeros(len(images), dtype=bool), []
     for number, line in lines:
-        if line in skipped:
-            continue
-        found = [by_path[line]] if line in by_path else by_name.get(line, [])
-        found = in_its_class(images, line, found)
-        if not found:
-            unknown.append((number, line))
-        elif len(found) > 1:
+        if "/" in line:
+            found = [places[line]] if line in places else []
+        else:
+            own = class_before(line, ids)
+            found = [i for i in called.get(line, []) if own is None or images.classes[i] == own]
+        if len(found) > 1:
             raise UserError(
                 f"{path} line {number}: {len(found)} images are called {line}; write class/name, as in "
                 f"{images.paths[found[0]]}"
             )
-        elif mask[found[0]]:
+        if found and mask[found[0]]:
             raise UserError(f"{path} line {number}: {line} is listed twice")
-        else:
-            mask[found[0]] = True
+        mask[found] = True
+        if not found and line not in skipped:
+            unknown.append((number, line))
     if unknown:
         number, line = unknown[0]
         raise UserError(
@@ -74,16 +75,17 @@ def listed_mask(images: ImageList, path: str | Path) -> np.ndarray:
     return mask
 
 
-def in_its_class(images: ImageList, line: str, found: list[int]) -> list[int]:
-    """Those of the images found for a line that lie in the class before its `_`, if there is such a class."""
-    if "/" in line:
-        return found
-    parts = line.split("_")
-    named = {"_".join(parts[:n]) for n in range(1, len(parts))} & set(images.class_names)
-    if not named:
-        return found
-    own = images.class_names.index(max(named, key=len))
-    return [i for i in found if images.classes[i] == own]
+def file_name(path: str) -> str:
+    """What stands behind the last slash."""
+    return path.rpartition("/")[2]
+
+
+def class_before(name: str, ids: dict[str, int]) -> int | None:
+    """The class whose name stands before a `_` of a file's name, the longest of several; or None."""
+    end = name.rfind("_")
+    while end > 0 and name[:end] not in ids:
+        end = name.rfind("_", 0, end)
+    return ids[name[:end]] if end > 0 else None
 
 
 def read_lines(path: str | Path) -> list[tuple[int, str]]:

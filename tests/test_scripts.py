@@ -236,7 +236,9 @@ def test_a_recipe_takes_the_published_list(tmp_path, recorder):
     recipe = ROOT / "recipes" / "eval_semisup_1percent.sh"
     bash(recipe, cwd=tmp_path, PYTHON=recorder, DIR="d", MODEL="m", GPUS="2", LIST="a.txt")
     (call,) = calls(recorder)
-    assert call.startswith("-m torch.distributed.run --standalone --nproc-per-node 2 eval_semisup.py --data d ")
+    assert call.startswith(
+        "-m torch.distributed.run --standalone --nproc-per-node 2 eval_semisup.py --data d "
+    )
     assert " --model m --labels_perc 1 --labels a.txt " in call
 
 

@@ -46,6 +46,28 @@ def test_what_is_missing_is_told(tmp_path, splits, message):
         open_train_val(tmp_path, 1, tmp_path / "bad.txt")
 
 
+def test_shards_have_to_tell_classes_which_mean_the_same_in_both(tmp_path):
+    pytest.importorskip("webdataset")
+    from tools import make_shards
+
+    write(tmp_path, train={"ant": 2, "bee": 2}, val={"bee": 1}, odd={"ant": 1, "cow": 1})
+    for split in ("train", "val", "odd"):
+        folder = str(tmp_path / split)
+        arguments = [folder, str(tmp_path / f"{split}-%03d.tar"), "--workers", "0"]
+        make_shards.main(make_shards.get_parser().parse_args(arguments))
+
+    def open_both(train, val):
+        patterns = tuple(str(tmp_path / f"{name}-000.tar") for name in (train, val))
+        return open_train_val(None, 1, tmp_path / "bad.txt", shards=patterns)
+
+    train, _ = open_both("train", "train")
+    assert train.classes.tolist() == [0, 0, 1, 1] and train.class_names == ["ant", "bee"]
+    with pytest.raises(UserError, match=r"val-000\.tar: tells no classes"):
+        open_both("train", "val")
+    with pytest.raises(UserError, match=r"odd-000\.tar: class cow is only in val; nothing in train"):
+        open_both("train", "odd")
+
+
 def test_bad_file_is_named_or_left_out(tmp_path):
     write(tmp_path, train={"ant": 2, "bee": 2})
     (tmp_path / "train/bee/0.png").write_bytes(b"")
