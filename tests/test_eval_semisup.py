@@ -66,6 +66,8 @@ def test_results_tell_every_draw_their_mean_and_the_protocol(whole):
     assert protocol["labels"] == "10 %, 2 of every class, drawn" and protocol["batch"] == 3
     lines = logs.read_lines(exp / "semisup.jsonl")
     assert [(line["epoch"], line["training"]) for line in lines] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    for line in lines:  # the engine's mean of the epoch's steps, and what was counted in them
+        assert line["train"]["loss"] == pytest.approx(line["loss"])
 
 
 def test_the_first_of_several_draws_is_the_one_that_runs_alone(whole, labelled, tmp_path):

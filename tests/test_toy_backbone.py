@@ -9,7 +9,9 @@ import assign
 import checkpoint
 import eval_knn
 import eval_linear
+import eval_pretrain
 import eval_retrieval
+import eval_semisup
 import eval_voc_classif
 import extract
 import main
@@ -125,6 +127,19 @@ def test_it_is_assigned_evaluated_by_neighbours_and_by_probes(run_of, split, ima
         eval_linear, *common, "--epochs 1 --batch_size 8 --exp", tmp_path, "--layers", *net.maps[-2:]
     )
     assert [row["layer"] for row in found] == net.maps[-2:]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_is_fine_tuned_whole_whatever_trained_it(run_of, split, tmp_path, method):
+    """Without the projection head and the prototypes that stood on it."""
+    model = run_of(method) / "checkpoint.pth.tar"
+    flags = ("--data", split, "--model", model, "--image-size 32 --epochs 1 --batch 8", COMMON, "--exp")
+    call(eval_semisup, *flags, tmp_path / "semisup")
+    call(eval_pretrain, *flags, tmp_path / "pretrain")
+    for name in ("semisup", "pretrain"):
+        saved = checkpoint.read(tmp_path / name / f"{name}.pth.tar")["state_dict"]
+        assert set(saved) == {*toy().state_dict(), "top_layer.weight", "top_layer.bias"}
+        assert len(saved["top_layer.bias"]) == 4
 
 
 @pytest.mark.parametrize("fc6_8", [0, 1])
