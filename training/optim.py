@@ -47,6 +47,11 @@ def set_rate(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
             group["lr"] = lr
 
 
+def stepped(lr: float, gamma: float, at: Sequence[int], epoch: int) -> float:
+    """The rate of an epoch, counted from 0: lr, times gamma for each of the epochs `at` that has begun."""
+    return lr * gamma ** sum(epoch >= start for start in at)
+
+
 def bottou(lr: float, weight_decay: float) -> Schedule:
     """lr / sqrt(1 + lr * weight_decay * steps): Bottou, 'Stochastic Gradient Descent Tricks', 2012."""
     return lambda steps: lr / math.sqrt(1 + lr * weight_decay * steps)
@@ -55,11 +60,6 @@ def bottou(lr: float, weight_decay: float) -> Schedule:
 def halved(lr: float, every: int) -> Schedule:
     """lr, halved after every so many steps."""
     return lambda steps: lr * 0.5 ** (steps // every)
-
-
-def stepped(lr: float, gamma: float, at: Sequence[int], epoch: int) -> float:
-    """The rate of an epoch, counted from 0: lr, times gamma for each of the epochs `at` that has begun."""
-    return lr * gamma ** sum(epoch >= start for start in at)
 
 
 def cosine(
