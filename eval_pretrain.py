@@ -67,11 +67,13 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     plan = Plan(
         args.epochs, args.lr, args.lr, args.gamma, args.decay_epochs, args.wd, args.momentum, args.image_size
     )
-    refuse_missing(args.data, args.shards, args.val_shards)
+    refuse_missing(args.data, args.shards, args.val_shards, args.labels)
     with Run(args, METHOD, FIXED, own_files=True) as run:
         results.read(run.exp)
         shards, bad_list = (args.shards, args.val_shards), run.exp / "bad_images.txt"
-        train, val = open_train_val(args.data, args.workers, bad_list, args.skip_bad_images, run.log, shards)
+        train, val = open_train_val(
+            args.data, args.workers, bad_list, args.skip_bad_images, run.log, args.labels, shards
+        )
         run.keep(images=train, val_images=val)
         tuned = Tuned(run.network(net, sync_bn=True), len(train.class_names), plan)
         protocol = describe(args, train, val, net, plan) | {"Sobel": sobel}
@@ -102,6 +104,7 @@ def describe(
     renewed = any(True for _ in net.parts()[1].parameters())
     return {
         "data": args.data or f"{args.shards}, {args.val_shards}",
+        "classes from": args.labels or ("shards" if args.shards else "sub-folders"),
         "train images": len(train),
         "val images": len(val),
         "classes": len(train.class_names),

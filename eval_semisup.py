@@ -1,6 +1,6 @@
 """Fine-tuning on 1 % or 10 % of the labels: how far does a network come with few of them?
 
-    python eval_semisup.py --data DIR --model exp/checkpoint.pth.tar --labels 10percent.txt --exp exp/ten
+    python eval_semisup.py --data DIR --model exp/checkpoint.pth.tar --list 10percent.txt --exp exp/ten
     python eval_semisup.py --data DIR --model exp/checkpoint.pth.tar --labels_perc 1 --draws 5 --exp exp/one
     torchrun --nproc-per-node=8 eval_semisup.py ...    one process a GPU; --batch is of all of them
 
@@ -43,7 +43,7 @@ def add_labels(group: argparse._ArgumentGroup) -> None:
         help="percentage of the training images, which also chooses the learning rates",
     )
     group.add_argument(
-        "--labels",
+        "--list",
         metavar="FILE",
         help="the images to train on, a file name a line, such as n01440764_10026.JPEG, or class/name "
         "(default: drawn by --seed, the same number of every class)",
@@ -53,7 +53,7 @@ def add_labels(group: argparse._ArgumentGroup) -> None:
         type=at_least(1),
         default=1,
         metavar="N",
-        help="train so many times, each time on images drawn anew (with --labels: on the same ones) under "
+        help="train so many times, each time on images drawn anew (with --list: on the same ones) under "
         "another head, and report mean and spread; more tell what a difference is worth",
     )
 
@@ -93,14 +93,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         args.image_size,
     )  # fmt: skip
     net = weights.load(args.model, seed=args.seed)
-    refuse_missing(args.data, args.shards, args.val_shards)
+    refuse_missing(args.data, args.shards, args.val_shards, args.labels)
     with Run(args, METHOD, FIXED, own_files=True) as run:
         results.read(run.exp)
         shards, bad_list = (args.shards, args.val_shards), run.exp / "bad_images.txt"
-        train, val = open_train_val(args.data, args.workers, bad_list, args.skip_bad_images, run.log, shards)
+        train, val = open_train_val(
+            args.data, args.workers, bad_list, args.skip_bad_images, run.log, args.labels, shards
+        )
         run.keep(images=train, val_images=val)
         seeds = [run.seed("few labels", number) for number in range(args.draws)]
-        subsets = choose(train, args.labels, args.labels_perc, seeds)
+        subsets = choose(train, args.list, args.labels_perc, seeds)
         run.keep(chosen=Chosen(subsets, args.epochs))
         tuned = Tuned(run.network(net, sync_bn=True), len(train.class_names), plan, again=args.draws > 1)
         protocol = describe(args, subsets, train, val, net, plan)
@@ -137,7 +139,7 @@ class Chosen:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """ValueError unless they are those of the state; a single training may be made longer."""
         if state["digests"] != self.state["digests"]:
-            raise ValueError("the run was on other labelled images; give the same --labels")
+            raise ValueError("the run was on other labelled images; give the same --list")
         if state["epochs"] != self.state["epochs"] and len(self.state["digests"]) > 1:
             raise ValueError(f"each draw had {state['epochs']} epochs, not {self.state['epochs']}")
 
@@ -154,7 +156,8 @@ def describe(
     drawn = f"{args.labels_perc} %, {number_of_each(train.classes, args.labels_perc)} of every class, drawn"
     return {
         "data": args.data or f"{args.shards}, {args.val_shards}",
-        "labels": args.labels or drawn,
+        "classes from": args.labels or ("shards" if args.shards else "sub-folders"),
+        "labels": args.list or drawn,
         "train images": f"{len(subsets[0])} of {len(train)}",
         "val images": len(val),
         "classes": len(train.class_names),

@@ -12,6 +12,7 @@ from commandline import (
     positive,
     within,
 )
+from evaluation.flags import add_labels
 
 
 def add_subject(group: argparse._ArgumentGroup) -> None:
@@ -32,6 +33,7 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
         help="network to start from (a checkpoint of ours or one that the authors released), or random:ARCH "
         "or random:ARCH:sobel for one that has learnt nothing",
     )
+    add_labels(group)
     add_image_size(group)
     add_bad_images(group)
 

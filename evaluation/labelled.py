@@ -1,7 +1,7 @@
 """The labelled images of an evaluation: their classes by sub-folders or by a file, a part held out.
 
-By sub-folders they lie in DATA/train/<class> and DATA/val/<class>; by a file (--labels) anywhere. Tar shards of
-train and of val may tell the classes too.
+By sub-folders they lie in DATA/train/<class> and DATA/val/<class>; by a file (--labels) anywhere. Tar
+shards of train and of val may tell the classes too.
 """
 
 import csv
@@ -163,8 +163,8 @@ def open_split(
 ) -> ImageList:
     """The images of DATA/<split> with its class sub-folders, or those of `labels`; their headers looked at.
 
-    shards: a pattern of tar shards instead of DATA. one_class: a single class will do. Raises UserError where images or classes are missing; bad images:
-    data.open_images.
+    one_class: a single class will do. shards: a pattern of tar shards instead of DATA. Raises UserError where
+    images or classes are missing; bad images: data.open_images.
     """
     if labels is not None:
         return data.look_at(

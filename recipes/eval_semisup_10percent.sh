@@ -12,6 +12,6 @@ set -euo pipefail
 # shellcheck source=common.sh
 . "$(dirname "$0")/common.sh"
 recipe eval_semisup.py \
-    --labels_perc 10 ${LIST:+--labels "$LIST"} --batch 256 --lr 0.01 --lr_last_layer 0.2 \
+    --labels_perc 10 ${LIST:+--list "$LIST"} --batch 256 --lr 0.01 --lr_last_layer 0.2 \
     --decay_epochs 12 16 --gamma 0.2 --wd 0 --epochs 20 \
     "$@"

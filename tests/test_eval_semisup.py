@@ -10,6 +10,7 @@ import checkpoint
 import eval_knn
 import eval_semisup
 import util
+from data import list_images
 from models import weights
 from tests import ranks, toy
 from tests.finetune_runs import assert_same_run, call, labelled, semisup, signal_at  # noqa: F401
@@ -125,13 +126,13 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_networks_along(whole, label
 def test_a_run_does_not_go_on_with_other_labels_or_lengths(labelled, tmp_path):
     (tmp_path / "a.txt").write_text("astronaut/00.jpg\nbrick/01.jpg\ncamera/02.jpg\ncat/03.jpg\n")
     (tmp_path / "b.txt").write_text("astronaut/00.jpg\nbrick/01.jpg\ncamera/02.jpg\ncat/04.jpg\n")
-    found = semisup(labelled, tmp_path / "exp", "--epochs 1 --labels", tmp_path / "a.txt")
+    found = semisup(labelled, tmp_path / "exp", "--epochs 1 --list", tmp_path / "a.txt")
     assert found["trainings"][0]["images"] == 4
     with refuses("chosen does not fit .*other labelled images"):
-        semisup(labelled, tmp_path / "exp", "--resume --labels", tmp_path / "b.txt")
+        semisup(labelled, tmp_path / "exp", "--resume --list", tmp_path / "b.txt")
     with refuses("was run with draws 1, not 2"):
-        semisup(labelled, tmp_path / "exp", "--resume --draws 2 --labels", tmp_path / "a.txt")
-    longer = semisup(labelled, tmp_path / "exp", "--resume --labels", tmp_path / "a.txt")
+        semisup(labelled, tmp_path / "exp", "--resume --draws 2 --list", tmp_path / "a.txt")
+    longer = semisup(labelled, tmp_path / "exp", "--resume --list", tmp_path / "a.txt")
     assert longer["trainings"][0]["last"]["epoch"] == 1
 
 
@@ -145,6 +146,10 @@ def test_mistakes_are_told_before_anything_is_written(labelled, tmp_path):
         ("--exp EXP", "--data is missing"),
         ("--exp EXP --shards a.tar", "--data is missing: .* or --shards and --val-shards"),
         (f"--exp EXP --data {labelled} --shards a.tar --val-shards b.tar", "not both"),
+        (
+            "--exp EXP --shards a.tar --val-shards b.tar --labels c.csv",
+            "--labels: is of the images in --data",
+        ),
     ):
         with refuses(said):
             call(eval_semisup, "--model random:toy", flags.replace("EXP", str(tmp_path / "exp")))
@@ -165,6 +170,16 @@ def test_its_networks_go_into_other_evaluations(whole, labelled, tmp_path):
 def test_other_networks_too(labelled, tmp_path, arch):
     found = semisup(labelled, tmp_path, f"--model random:{arch} --epochs 1 --batch 4")
     assert 0 <= found["prec@1"]["mean"] <= 100
+
+
+def test_a_file_of_labels_gives_the_run_of_class_folders(labelled, tmp_path):
+    lines = ["path,label"]
+    for split in ("train", "val"):
+        paths = list_images(labelled / split).paths
+        lines += [f"{split}/{path},{path.split('/')[0]}" for path in paths]
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    found = semisup(labelled, tmp_path / "file", "--labels", tmp_path / "labels.csv")
+    assert found == semisup(labelled, tmp_path / "folder")
 
 
 def test_shards_give_the_run_of_their_folder(labelled, tmp_path):

@@ -223,7 +223,7 @@ def test_recipes_of_evaluations_give_the_published_settings_and_take_a_network(p
     rates = {"1percent": (0.02, 5), "10percent": (0.01, 0.2)}.get(path.stem.split("_")[-1])
     plain = parse(script, ["--data", "data", "--model", "net", "--resume", "auto", "--seed", "7"])
     if rates is not None:
-        assert (args.lr, args.lr_last_layer) == rates and args.labels is None
+        assert (args.lr, args.lr_last_layer) == rates and args.list is None
         plain.lr, plain.lr_last_layer, plain.labels_perc = *rates, args.labels_perc
     assert vars(args) == vars(plain)  # the defaults are the published settings
     printed = bash(path, cwd=tmp_path, PRINT="1", MODEL="net").stdout.splitlines()
@@ -239,7 +239,7 @@ def test_a_recipe_takes_the_published_list(tmp_path, recorder):
     assert call.startswith(
         "-m torch.distributed.run --standalone --nproc-per-node 2 eval_semisup.py --data d "
     )
-    assert " --model m --labels_perc 1 --labels a.txt " in call
+    assert " --model m --labels_perc 1 --list a.txt " in call
 
 
 def test_a_recipe_runs_its_script_and_goes_on(tmp_path, recorder):

@@ -64,7 +64,7 @@ def test_shards_have_to_tell_classes_which_mean_the_same_in_both(tmp_path):
     assert train.classes.tolist() == [0, 0, 1, 1] and train.class_names == ["ant", "bee"]
     with pytest.raises(UserError, match=r"val-000\.tar: tells no classes"):
         open_both("train", "val")
-    with pytest.raises(UserError, match=r"odd-000\.tar: class cow is only in val; nothing in train"):
+    with pytest.raises(UserError, match=r"odd-000\.tar: class cow is only in val/; nothing in train/"):
         open_both("train", "odd")
 
 
