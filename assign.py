@@ -14,7 +14,7 @@ that looks the same within that noise (evaluation/clusters.py); a changed one go
 
 import argparse
 
-from commandline import Parser, add_data, add_image_size, add_machine, at_least
+from commandline import OWN_SIZE, Parser, add_data, add_image_size, add_machine, at_least
 
 
 def get_parser() -> Parser:
@@ -36,7 +36,7 @@ def get_parser() -> Parser:
     group.add_argument("--relative", action="store_true", help="links relative to OUT, instead of absolute")
     group.add_argument("--copy", action="store_true", help="copies of the images instead of links")
     group = parser.add_argument_group("machine")
-    add_image_size(group, None, " (default: as in the run)")
+    add_image_size(group, None, OWN_SIZE)
     group.add_argument("--batch", type=at_least(1), help="images at a time (default: as in the run)")
     add_machine(group, precision=None)
     return parser
@@ -80,6 +80,7 @@ def main(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     layer, bits = state["layer"], bits_of(state)
     del state  # its weights are read into the network
     net = weights.load(path, [layer]).to(device)
+    log(net.inputs.tell(args.image_size))
     bad_list = Path(f"{out}.bad_images.txt")
     inputs = [path, *path.parent.glob("*.pth.tar")]
     images = data.open_images(

@@ -159,6 +159,9 @@ def add_seed(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--seed", type=at_least(0), default=31, help="random seed")
 
 
+OWN_SIZE = " (default: as in the checkpoint, else 224)"  # of --image-size, where a network is evaluated
+
+
 def add_image_size(parser: argparse._ActionsContainer, default: int | None = 224, note: str = "") -> None:
     """--image-size; note: what the help says besides."""
     parser.add_argument(

@@ -1,7 +1,7 @@
 """What a network's features know of the classes, without training anything: nearest neighbours and k-means.
 
     python eval_knn.py --data DIR --model exp/checkpoint.pth.tar --layers conv5 fc7.pre
-    python eval_knn.py --data DIR --model exp/checkpoint.pth.tar --image-size 64 --pixels \\
+    python eval_knn.py --data DIR --model exp/checkpoint.pth.tar --pixels \\
         --baseline exp/checkpoints/checkpoint_0.pth.tar
     python eval_knn.py --features features/train.npy features/val.npy
 
@@ -14,6 +14,7 @@ classes.
 import argparse
 
 from commandline import (
+    OWN_SIZE,
     Parser,
     add_bad_images,
     add_exp,
@@ -90,7 +91,7 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--pixels", action="store_true", help="also evaluate the pixels that the network is given"
     )
-    add_image_size(group)
+    add_image_size(group, None, OWN_SIZE)
     add_bad_images(group)
 
 
@@ -121,6 +122,7 @@ from evaluation.labelled import open_train_val, read_labels
 from evaluation.results import RESULTS, report
 from features import Pass
 from formats.rows import read_names
+from models.inputs import Inputs
 from models.network import Network
 from models.weights import load
 from util import Log, Progress, UserError, choose_device, make_folder, run_main, set_precision
@@ -163,6 +165,8 @@ def judge_networks(
     bad_images = {"bad_list": f"{args.exp}/bad_images.txt", "skip_bad": args.skip_bad_images}
     train, val = open_train_val(args.data, args.workers, log=log, labels=args.labels, **bad_images)
     networks, layers = open_networks(args)
+    log(networks["model"].inputs.tell(args.image_size))
+    args.image_size = networks["model"].inputs.size(args.image_size)
     clusters = choose_clusters(args, val.classes, {val.name: len(val), train.name: len(train)})
     ks = cap_neighbours(args.k, len(train), log)
     make_folder(args.exp)
@@ -265,6 +269,10 @@ def choose_clusters(args: argparse.Namespace, val_classes: np.ndarray, images: d
 class Pixels(nn.Module):
     """The network that gives its normalised images as they are, as far as a pass over images asks one."""
 
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.inputs = inputs
+
     def folded(self) -> "Pixels":
         return self
 
@@ -276,7 +284,7 @@ def open_networks(args: argparse.Namespace) -> tuple[dict[str, Network | Pixels]
     """What to evaluate, in the order of the table, and the layers, checked to exist."""
     model = load(args.model, args.layers or [], args.seed)
     layers = list(dict.fromkeys(args.layers or [model.maps[-1], model.feature]))
-    networks: dict[str, Network | Pixels] = {PIXELS: Pixels()} if args.pixels else {}
+    networks: dict[str, Network | Pixels] = {PIXELS: Pixels(model.inputs)} if args.pixels else {}
     if args.baseline:
         networks["baseline"] = load(args.baseline, layers, args.seed)
     return networks | {"model": model}, layers

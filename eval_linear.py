@@ -12,6 +12,7 @@ linear classifier trains. They share nothing but the batches: each is the same a
 import argparse
 
 from commandline import (
+    OWN_SIZE,
     Parser,
     add_bad_images,
     add_image_size,
@@ -71,7 +72,7 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
         help="hold this part of train/ out of training, of each class the same, and choose the best epoch on "
         "it; 0 chooses it on val/, as the authors did",
     )
-    add_image_size(group)
+    add_image_size(group, None, OWN_SIZE)
     add_bad_images(group)
 
 
@@ -149,9 +150,11 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError("--data is missing: give a folder with train/ and val/, or --labels too")
     net = weights.load(args.model, args.layers or [], args.seed)
     args.layers, args.conv = choose_layers(net, args.conv or [], args.layers or []), None
+    told, args.image_size = net.inputs.tell(args.image_size), net.inputs.size(args.image_size)
     with Run(args, "linear", FIXED, own_files=True) as run:
+        run.log(told)
         results.read(run.exp)
-        bad_list = run.exp / "bad_images.txt"
+        run.inputs, bad_list = net.inputs, run.exp / "bad_images.txt"
         images, val = open_train_val(
             args.data, args.workers, bad_list, args.skip_bad_images, run.log, args.labels
         )

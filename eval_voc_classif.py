@@ -7,7 +7,7 @@ python eval_voc_classif.py ... --resume auto    the same command goes on exactly
 
 import argparse
 
-from commandline import Parser, add_image_size, add_machine, add_run, at_least, positive, within
+from commandline import OWN_SIZE, Parser, add_image_size, add_machine, add_run, at_least, positive, within
 
 
 def get_parser() -> Parser:
@@ -57,7 +57,7 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         default=1,
         help="test on 10 random crops (1), or on the corners, the centre and their mirror images (0)",
     )
-    add_image_size(group)
+    add_image_size(group, None, OWN_SIZE)
 
 
 def add_training(group: argparse._ArgumentGroup) -> None:
@@ -127,10 +127,12 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     trained, tested = open_voc(args.vocdir, args.split)
     net = load(args.model, seed=args.seed)
     renew(net, len(trained.class_names), args.seed)
+    told, args.image_size = net.inputs.tell(args.image_size), net.inputs.size(args.image_size)
     with Run(args, METHOD, FIXED, own_files=True) as run:
         for split in (trained, tested):
             check_images(split, args.workers)
-        net = run.network(net)
+        run.log(told)
+        run.inputs, net = net.inputs, run.network(net)
         run.log(
             f"{len(trained)} images of {trained.name} -> {len(tested)} of {tested.name}, "
             f"{len(trained.class_names)} classes; {net} on {run.device}, {layers_trained(args, net)}"

@@ -14,7 +14,7 @@ line feed as \\n, a carriage return as \\r (formats.rows.read_names undoes that)
 
 import argparse
 
-from commandline import Parser, add_data, add_image_size, add_machine, at_least
+from commandline import OWN_SIZE, Parser, add_data, add_image_size, add_machine, at_least
 
 
 def get_parser() -> Parser:
@@ -78,7 +78,7 @@ def add_file(group: argparse._ArgumentGroup) -> None:
 
 def add_computing(group: argparse._ArgumentGroup) -> None:
     """How it is computed, by default as in the run; assign.py has the same."""
-    add_image_size(group, None, " (default: as in the run, else 224)")
+    add_image_size(group, None, OWN_SIZE)
     group.add_argument(
         "--batch", type=at_least(1), help="images at a time (default: as in the run, else 256)"
     )
@@ -129,6 +129,7 @@ def main(args: argparse.Namespace) -> Path:
         scaled=rows.settings.scaled, bits=rows.bits, workers=args.workers,
         enough=partial(check_images, outputs=files.written(), inputs=inputs),
     )  # fmt: skip
+    log(rows.net.inputs.tell(args.image_size))
     log(f"{len(images)} images in {images.name}; {rows}, on {device} ({rows.settings.precision})")
     with Store(
         files.array, rows.width, args.dtype, what_decides(rows, images), WAY_OUT, args.restart

@@ -21,10 +21,11 @@ from commandline import PRECISIONS
 from data import PlainView, make_loader, to_input
 from data.decode import FULL_BITS
 from data.views import Batch
+from models.inputs import Inputs, recorded_size, setting
 from models.network import Network
 from util import Progress, UserError, set_precision
 
-PAPER_SIZE, PAPER_BATCH = 224, 256  # for checkpoints that do not tell theirs
+PAPER_BATCH = 256  # for checkpoints that do not tell theirs
 
 
 @dataclass
@@ -50,7 +51,7 @@ def activations_of(
         found: dict[str, torch.Tensor] = {}
         if len(batch.index):
             with set_precision(precision, device):
-                x = to_input(batch.views, device)
+                x = to_input(batch.views, device, net.inputs.mean, net.inputs.std)
                 found = {name: value.float() for name, value in folded.activations(x, layers).items()}
         yield found, batch
 
@@ -229,32 +230,20 @@ class Settings:
         batch: int | None = None,
         precision: str | None = None,
     ) -> "Settings":
-        """run: the settings in a checkpoint; the authors' files have none. Of several crops the first counts.
+        """run: the settings in a checkpoint; the authors' files have none. Of several crops the largest
+        counts.
 
         Raises UserError if the device cannot, and for settings in a file that no run has.
         """
-        crops = run.get("size_crops")
-        first = crops[0] if isinstance(crops, list) and crops else None
-        run = {"image_size": first, "batch": run.get("batch_size")} | run
+        run = {"batch": run.get("batch_size")} | run
         precision = precision or possible_precision(run.get("precision") or "fp32", device)
         set_precision(precision, device)
         return cls(
-            image_size or setting(run, "image_size", range(16, 4097), PAPER_SIZE),
+            Inputs(recorded_size(run)).size(image_size),
             batch or setting(run, "batch", range(1, 2**16 + 1), PAPER_BATCH),
             precision,
             bool(run.get("scaled_decoding", False)),
         )
-
-
-def setting(run: dict[str, Any], name: str, possible: range, default: int) -> int:
-    """A number among a run's settings; UserError for one that cannot be."""
-    value = default if run.get(name) is None else run[name]
-    if type(value) is not int or value not in possible:
-        raise UserError(
-            f"--{name.replace('_', '-')}: the run's own is {str(value)[:20]!r}, not a number from "
-            f"{possible.start} to {possible.stop - 1}; give it as a flag"
-        )
-    return value
 
 
 def possible_precision(precision: str, device: torch.device) -> str:

@@ -82,7 +82,7 @@ demo() {
     run "$PY" "$root/$MAIN" "$images/train" --exp "$exp" "${DEMO[@]}" --seed $DEMO_SEED --verbose \
         --workers "$WORKERS" --resume auto "$@"
     run "$PY" "$root/eval_knn.py" --data "$images" --model "$last" --baseline "$first" \
-        --layers "${LAYERS[@]}" --image-size $DEMO_SIZE --workers "$WORKERS" --exp "$exp"
+        --layers "${LAYERS[@]}" --workers "$WORKERS" --exp "$exp"
     echo "demo: images in $images"
     echo "demo: network in $last (started from $first)"
     echo "demo: log in $exp/log.jsonl, clusters in $exp/assignments.csv"

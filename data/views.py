@@ -20,10 +20,8 @@ from data.cache import CropCache
 from data.crops import Transform
 from data.decode import ImageError
 from data.images import ImageList
+from models.inputs import IMAGENET_MEAN, IMAGENET_STD
 from util import derive_seed
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Views = torch.Tensor | list[torch.Tensor]
 

@@ -9,7 +9,7 @@ layer's activation under its name. Dropout is off, batch norms use their statist
 
 import argparse
 
-from commandline import Parser, at_least
+from commandline import OWN_SIZE, Parser, at_least
 
 OPSET = 20  # of ONNX; what onnxruntime has read since 1.17 (February 2024)
 
@@ -30,7 +30,7 @@ def get_parser() -> Parser:
         default="rgb",
         help="channels that it takes, in 0..255; bgr as the Caffe files",
     )
-    parser.add_argument("--image-size", type=at_least(1), default=224, help="side of the images in pixels")
+    parser.add_argument("--image-size", type=at_least(1), help=f"side of the images in pixels{OWN_SIZE}")
     parser.add_argument(
         "--opset",
         type=at_least(18),
@@ -68,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
     require_packages()
     net = weights.load(args.model, [args.layer] if args.layer else [])
     weights.refuse_not_finite(net, args.model)
-    layer, size = args.layer or net.feature, args.image_size
+    layer, size = args.layer or net.feature, net.inputs.size(args.image_size)
     difference = export(net, args.out, layer, args.input == "bgr", size, args.opset)
     print(
         f"{args.out}: {net.arch} to {layer}, takes images (B, 3, {size}, {size}), "
@@ -85,7 +85,8 @@ class WithPreprocessing(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         rgb = images.flip(1) if self.bgr else images
-        return self.net.activations(data.normalise(rgb), [self.layer])[self.layer]
+        x = data.normalise(rgb, self.net.inputs.mean, self.net.inputs.std)
+        return self.net.activations(x, [self.layer])[self.layer]
 
 
 def export(
@@ -187,7 +188,8 @@ def compare(net: Network, path: Path, layer: str, bgr: bool, image_size: int) ->
     for batch in (1, 3):
         rgb = rng.integers(0, 256, (batch, 3, image_size, image_size)).astype(np.float32)
         with torch.inference_mode():
-            expected = net.activations(data.normalise(torch.from_numpy(rgb)), [layer])[layer].numpy()
+            x = data.normalise(torch.from_numpy(rgb), net.inputs.mean, net.inputs.std)
+            expected = net.activations(x, [layer])[layer].numpy()
         images = np.ascontiguousarray(rgb[:, ::-1]) if bgr else rgb
         (found,) = session.run([layer], {"images": images})
         if found.shape != expected.shape:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.heads import Embedded, Normalise, Prototypes, build_prototypes, projection
+from models.inputs import Inputs
 
 HEAD_STD = 0.01  # weights of the head and of every linear layer of AlexNet and VGG-16: N(0, 0.01), bias 0
 
@@ -46,6 +47,8 @@ class Network(nn.Module):
     activation behind it. maps: the names of the feature maps, the shallowest first; feature: what is
     clustered, and output: what the network gives without a head, both vectors of feature_dim numbers. convs:
     how many of the children are convolutions.
+
+    inputs: what it was trained to see; weights that are loaded bring theirs.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.arch, self.taps, self.maps = arch, taps, maps
+        self.inputs = Inputs()
         self.feature, self.output, self.feature_dim = feature, output, feature_dim
         self.names = list(layers)
         self.convs = self.names[:convs]

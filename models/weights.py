@@ -13,6 +13,7 @@ import torch
 
 import checkpoint
 import models
+from models.inputs import inputs_of
 from models.network import Network
 from util import UserError, derive_seed
 
@@ -85,6 +86,7 @@ def build_from(state: dict[str, Any], path: str | Path) -> Network:
     if any(name.startswith("projection_head.") for name in weights):
         net.set_embedding(*embedding_of(weights), seed=0)
     load_weights(net, weights, path)
+    net.inputs = inputs_of(state, weights, path)
     return net.eval()
 
 

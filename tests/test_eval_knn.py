@@ -183,7 +183,7 @@ def test_default_layers_are_the_last_map_and_the_clustered_feature(folder, tmp_p
 def test_defaults_are_the_protocols():
     args = eval_knn.get_parser().parse_args(["--data", "images", "--model", "x.pth.tar"])
     assert (args.k, args.temperature, args.seed) == ([10, 20, 100, 200], 0.07, 31)
-    assert (args.image_size, args.batch, args.clusters, args.precision) == (224, 256, None, "fp32")
+    assert (args.image_size, args.batch, args.clusters, args.precision) == (None, 256, None, "fp32")
 
 
 # ---------------------------------------------------------------------------------------- bad input

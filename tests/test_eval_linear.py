@@ -314,7 +314,7 @@ def test_flags_and_defaults_are_those_of_the_usage_text():
     assert (args.conv, args.weight_decay, args.tencrops, args.verbose) == ([3], -7, False, False)
     args = eval_linear.get_parser().parse_args([])
     assert (args.workers, args.epochs, args.batch, args.lr) == (4, 90, 256, 0.01)
-    assert (args.momentum, args.weight_decay, args.image_size, args.seed) == (0.9, -4, 224, 31)
+    assert (args.momentum, args.weight_decay, args.image_size, args.seed) == (0.9, -4, None, 31)
     assert (args.exp, args.resume, args.val_fraction) == ("exp", None, 0)
     assert eval_linear.get_parser().parse_args(["--batch_size", "7"]).batch == 7
 

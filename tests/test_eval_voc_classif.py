@@ -39,7 +39,7 @@ from util import Log, UserError
 def test_defaults_are_the_papers():
     args = script.get_parser().parse_args(["--vocdir", "VOC2007", "--model", "x.pth.tar"])
     assert (args.nit, args.stepsize, args.lr, args.wd) == (80000, 5000, 0.003, 1e-6)
-    assert (args.momentum, args.batch, args.seed, args.image_size) == (0.9, 16, 31, 224)
+    assert (args.momentum, args.batch, args.seed, args.image_size) == (0.9, 16, 31, None)
     assert (args.split, args.fc6_8, args.train_batchnorm, args.eval_random_crops) == ("train", 1, 0, 1)
     assert script.MAX_GRAD_NORM == 10
 

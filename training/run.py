@@ -31,6 +31,7 @@ from data import ImageList, PlainView, RandomView
 from data.sampling import ShareSampler
 from data.views import Batch
 from features import Pass, extract_features, without_rows
+from models.inputs import Inputs
 from models.network import Network
 from models.parallel import Share, share_among_ranks
 from models.weights import init_weights
@@ -51,7 +52,7 @@ class Run:
     that have to be as they were where a run goes on. own_files: write METHOD.pth.tar, .log and .jsonl rather
     than checkpoint.pth.tar, train.log and log.jsonl, so that an evaluation can lie beside what it evaluates.
 
-    epoch: the one that is being made; position: steps made in it; iteration: steps made in all.
+    epoch: the one that is being made; position: steps in it; iteration: steps in all; inputs: what it sees.
     """
 
     def __init__(
@@ -64,12 +65,11 @@ class Run:
         self.folder = Folder(self.exp, names[0], keep=not own_files)
         self._log_file, self.lines = (self.exp / name for name in names[1:])
         self.share, self.signals, self.parts = Share(), Signals(), Parts()
-        self.sync_bn = False
+        self.sync_bn, self.inputs = False, Inputs()
         self.epoch = getattr(args, "start_epoch", 0)
         self.position = self.iteration = 0
         self.record: dict[str, Any] = {"seconds": {}}
-        self.meter = AverageMeter()
-        self._told = False
+        self.meter, self._told = AverageMeter(), False
 
     # -- from start to end
 
@@ -245,7 +245,7 @@ class Run:
         draws: np.ndarray,
         loss: Loss,
         *,
-        schedule: Schedule | None = None,
+        schedule: Schedule | Sequence[Schedule] | None = None,
         clip: float | None = None,
         after_backward: Callable[[int], None] | None = None,
     ) -> None:
@@ -260,8 +260,8 @@ class Run:
         loader = data.make_loader(view, self.batch, self.args.workers, self.device, batch_sampler=sampler)
         left, before = sum(total for total, _ in sampler.shares()), self.meter.count
         progress = Progress(left, f"epoch {self.epoch} training", log=self.log)
-        options = {"schedule": schedule, "clip": clip, "after_backward": after_backward}
-        steps = Steps(net, optimizers, loss, self.device, self.args.precision, self.scaler, **options)
+        options = (schedule, clip, after_backward, self.inputs)
+        steps = Steps(net, optimizers, loss, self.device, self.args.precision, self.scaler, *options)
         net.train()
         with self.signals.held():
             for total, batch in self._watched(deal(loader, sampler, self.share)):
@@ -395,5 +395,6 @@ class Run:
             "record": self.record,
             "loss": {"sum": self.meter.sum, "count": self.meter.count},
             "args": vars(self.args),
+            "inputs": self.inputs.state_dict(),
             "versions": machine.versions(),
         }

@@ -17,17 +17,20 @@ import distributed
 from data import to_input
 from data.sampling import ShareSampler
 from data.views import Batch
+from models.inputs import Inputs
 from models.parallel import Share
 from training.optim import Schedule, set_rate
 from util import UserError, set_precision
 
+IMAGENET = Inputs()
 Loss = Callable[..., torch.Tensor]
 
 
 class Steps:
     """What the steps of a pass have in common.
 
-    schedule: of the learning rate, None: as the optimisers have it. clip: largest norm of the gradient.
+    inputs: how the network sees images. schedule: of the learning rate, or one for each optimiser,
+    None: as the optimisers have it. clip: largest norm of the gradient.
     after_backward: called with the number of steps made before, once the gradients are there.
     """
 
@@ -39,14 +42,16 @@ class Steps:
         device: torch.device,
         precision: str,
         scaler: torch.amp.GradScaler,
-        schedule: Schedule | None = None,
+        schedule: Schedule | Sequence[Schedule] | None = None,
         clip: float | None = None,
         after_backward: Callable[[int], None] | None = None,
+        inputs: Inputs = IMAGENET,
     ) -> None:
         self.net, self.optimizers, self.loss, self.device = across_ranks(net), optimizers, loss, device
         self.autocast = set_precision(precision, device)
-        self.scaler, self.schedule, self.clip = scaler, schedule, clip
-        self.after_backward = after_backward
+        self.scaler, self.clip = scaler, clip
+        self.schedules = [schedule] * len(optimizers) if callable(schedule) else schedule
+        self.after_backward, self.inputs = after_backward, inputs
 
     def step(self, batch: Batch, total: int, iteration: int, stop: bool) -> tuple[float, bool]:
         """One step on this rank's rows of a global batch of `total`; `iteration` steps were made before.
@@ -54,11 +59,13 @@ class Steps:
         Returns (mean loss over the global batch, whether `stop` was true on any rank). Raises UserError,
         before anything is changed, where the loss or the clipped norm is not finite.
         """
-        if self.schedule is not None:
-            set_rate(self.optimizers, self.schedule(iteration))
+        if self.schedules is not None:
+            for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+                set_rate([optimizer], schedule(iteration))
         more = [column.to(self.device, non_blocking=True) for column in batch.more]
         with self.autocast:
-            loss = self.loss(self.net, to_input(batch.views, self.device), batch.index, *more) / total
+            x = to_input(batch.views, self.device, self.inputs.mean, self.inputs.std)
+            loss = self.loss(self.net, x, batch.index, *more) / total
         summed = distributed.all_reduce(torch.tensor([loss.item(), float(stop)], dtype=torch.float64))
         value, stopped = summed.tolist()
         check_finite("loss", value, iteration)

@@ -16,7 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from commandline import Parser, add_exp, add_image_size, add_machine, add_map, add_model, add_shards, at_least
+from commandline import (
+    OWN_SIZE,
+    Parser,
+    add_exp,
+    add_image_size,
+    add_machine,
+    add_map,
+    add_model,
+    add_shards,
+    at_least,
+)
 
 
 def get_parser() -> Parser:
@@ -29,7 +39,7 @@ def get_parser() -> Parser:
     add_shards(source, "--data")
     add_map(group)
     group.add_argument("--count", type=at_least(1), default=9, help="images for each filter")
-    add_image_size(group)
+    add_image_size(group, None, OWN_SIZE)
     group = parser.add_argument_group("machine and output")
     add_exp(group, "the results")
     group.add_argument("--batch", type=at_least(1), default=64, help="images in a batch")
@@ -64,6 +74,8 @@ def main(args: argparse.Namespace) -> "TopImages":
     device, log = util.choose_device(args.device), util.Log()
     util.set_precision(args.precision, device)
     net = weights.load(args.model).to(device)
+    log(net.inputs.tell(args.image_size))
+    args.image_size = net.inputs.size(args.image_size)
     name = choose_map(net, args.conv, args.layer)
     folder = sheet.folder_of_pictures(Path(args.exp) / name)
     images = data.open_images(
