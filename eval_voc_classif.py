@@ -7,20 +7,34 @@ python eval_voc_classif.py ... --resume auto    the same command goes on exactly
 
 import argparse
 
-from commandline import OWN_SIZE, Parser, add_image_size, add_machine, add_run, at_least, positive, within
+from commandline import (
+    OWN_SIZE,
+    Parser,
+    add_image_size,
+    add_machine,
+    add_run,
+    at_least,
+    positive,
+    within,
+    word,
+)
+from evaluation.protocols import VOC, ProtocolParser, tell, voc_protocol
+
+SHOWN = VOC["deepcluster"]  # as the defaults, in the help
 
 
 def get_parser() -> Parser:
     """The flags of eval_voc_classif.py; those that scripts share are in commandline.py."""
-    parser = Parser(__doc__)
-    add_protocol(parser.add_argument_group("data, network and protocol"))
+    parser = ProtocolParser(__doc__, VOC, voc_protocol)
+    add_data(parser.add_argument_group("data and network"))
+    add_protocol(parser.add_argument_group("protocol"))
     add_training(parser.add_argument_group("training"))
     add_run(parser.add_argument_group("files"))
     add_machine(parser.add_argument_group("machine"))
     return parser
 
 
-def add_protocol(group: argparse._ArgumentGroup) -> None:
+def add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--vocdir", metavar="VOC", required=True, help="folder VOC2007, with ImageSets/Main and JPEGImages"
     )
@@ -35,6 +49,16 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         metavar="PATH",
         required=True,
         help="checkpoint of the network (ours or the authors'; Sobel is seen from it), or random:ARCH",
+    )
+    add_image_size(group, None, OWN_SIZE)
+
+
+def add_protocol(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--protocol",
+        choices=("deepcluster", "deepercluster"),
+        default="deepcluster",
+        help="whose settings the flags of training have where they are not given (docs/evaluations.md)",
     )
     group.add_argument(
         "--fc6_8",
@@ -52,27 +76,48 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--eval_random_crops",
-        type=int,
-        choices=(0, 1),
-        default=1,
+        type=word,
+        default=True,
+        metavar="BOOL",
         help="test on 10 random crops (1), or on the corners, the centre and their mirror images (0)",
     )
-    add_image_size(group, None, OWN_SIZE)
+    group.add_argument(
+        "--pessimistic_ties",
+        type=word,
+        default=SHOWN["pessimistic_ties"],
+        metavar="BOOL",
+        help="take 1e-5 off the positives' scores before AP: of equal scores they come last",
+    )
 
 
 def add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--nit", type=at_least(1), default=80000, help="number of iterations")
     group.add_argument(
-        "--stepsize", type=at_least(1), default=5000, help="halve the lr every so many iterations"
+        "--train_crop",
+        choices=("squares", "area"),
+        default=SHOWN["train_crop"],
+        help="views for training and random crops, flipped or not: squares of 10 to 50%% of the area; "
+        "area, 8 to 100%% of it",
+    )
+    group.add_argument("--nit", type=at_least(1), default=SHOWN["nit"], help="number of iterations")
+    group.add_argument(
+        "--stepsize",
+        type=at_least(1),
+        default=SHOWN["stepsize"],
+        help="halve the lr every so many iterations",
     )
     group.add_argument(
-        "--lr", type=positive, default=0.003, help="learning rate at the start; lower it when the loss is nan"
+        "--lr",
+        type=positive,
+        default=SHOWN["lr"],
+        help="learning rate at the start; lower it when the loss is nan",
     )
     group.add_argument(
-        "--wd", type=within(0, 1), default=1e-6, help="weight decay (itself, not its power of ten)"
+        "--wd", type=within(0, 1), default=SHOWN["wd"], help="weight decay (itself, not its power of ten)"
     )
-    group.add_argument("--momentum", type=within(0, 1, "high"), default=0.9, help="momentum")
-    group.add_argument("--batch", type=at_least(1), default=16, help="mini-batch size, of all processes")
+    group.add_argument("--momentum", type=within(0, 1, "high"), default=SHOWN["momentum"], help="momentum")
+    group.add_argument(
+        "--batch", type=at_least(1), default=SHOWN["batch"], help="mini-batch size, of all processes"
+    )
     group.add_argument(
         "--checkpoint-every",
         dest="checkpoints",
@@ -95,7 +140,7 @@ import torch
 from torch import nn
 
 import distributed
-from data import RandomView, Transform, make_loader, ten_crops, voc_train_crop
+from data import RandomView, Transform, make_loader, ten_crops, train_crop, voc_train_crop
 from data.sampling import ShareSampler
 from evaluation.results import report
 from evaluation.voc import (
@@ -117,9 +162,20 @@ from util import Log, Progress, UserError, atomic_write, run_main
 
 METHOD = "voc_classif"
 CHECKPOINT, SCORES, LOG = f"{METHOD}.pth.tar", f"{METHOD}_scores.npz", f"{METHOD}.log"
-FIXED = ("split", "model", "fc6_8", "train_batchnorm", "batch", "seed", "image_size")
+FIXED = (
+    "split",
+    "model",
+    "fc6_8",
+    "train_batchnorm",
+    "batch",
+    "seed",
+    "image_size",
+    "protocol",
+    "train_crop",
+)
 MAX_GRAD_NORM = 10.0
 NUM_CROPS = 10
+TRAIN_CROPS = {"squares": voc_train_crop, "area": train_crop}
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -133,21 +189,23 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             check_images(split, args.workers)
         run.log(told)
         run.inputs, net = net.inputs, run.network(net)
+        run.log(f"protocol {tell(voc_protocol(args), VOC[voc_protocol(args)], vars(args))}")
         run.log(
             f"{len(trained)} images of {trained.name} -> {len(tested)} of {tested.name}, "
             f"{len(trained.class_names)} classes; {net} on {run.device}, {layers_trained(args, net)}"
         )
         train(run, net, trained)
 
-        crops = random_crops if args.eval_random_crops else ten_crops
-        view = RandomView(tested.images, crops(args.image_size)).at(run.seed("voc evaluation"), epoch=0)
+        crop = TRAIN_CROPS[args.train_crop](args.image_size)
+        crops = random_crops(crop) if args.eval_random_crops else ten_crops(args.image_size)
+        view = RandomView(tested.images, crops).at(run.seed("voc evaluation"), epoch=0)
         how = Pass(args.batch, args.workers, run.device, args.precision)
         label = f"voc test on {tested.name}"
         scores = predict(net, view, how, distributed.share_of(len(tested)), label, run.log)
         scores = distributed.all_gather_rows(scores)
         if not np.isfinite(scores).all():
             raise UserError("the network gives scores that are not finite; train again with a lower --lr")
-        results = average_precisions(scores, tested)
+        results = average_precisions(scores, tested, args.pessimistic_ties)
         print_table(results, tested, run.log)
         if run.is_main:
             save_scores(run.exp / SCORES, scores, tested)
@@ -173,7 +231,7 @@ def train(run: Run, net: Network, split: VocSplit) -> None:
     if run.iteration == args.nit:
         run.log(f"nothing to train: this run has its {args.nit} iterations")
         return
-    view = RandomView(split.images, voc_train_crop(args.image_size))
+    view = RandomView(split.images, TRAIN_CROPS[args.train_crop](args.image_size))
     each = len(ShareSampler(np.arange(len(split)), args.batch))  # iterations of an epoch
     for epoch in run.epochs(-(-args.nit // each)):
         order = np.random.default_rng(run.seed("voc order", epoch)).permutation(len(split))
@@ -201,9 +259,9 @@ def loss(labels: torch.Tensor, net: nn.Module, x: torch.Tensor, index: torch.Ten
 # ---------------------------------------------------------------------------------------- evaluation
 
 
-def random_crops(size: int) -> Transform:
+def random_crops(crop: Transform) -> Transform:
     """Ten random crops as in training: (10, 3, size, size)."""
-    return partial(_crop_repeatedly, crop=voc_train_crop(size))
+    return partial(_crop_repeatedly, crop=crop)
 
 
 def _crop_repeatedly(image: torch.Tensor, crop: Transform) -> torch.Tensor:
@@ -265,8 +323,11 @@ def layers_trained(args: argparse.Namespace, net: Network) -> str:
 
 def describe(args: argparse.Namespace, net: Network, trained: VocSplit, tested: VocSplit) -> dict[str, Any]:
     """The protocol, to be printed and kept beside the numbers."""
+    ties = ", 1e-5 off the positives" if args.pessimistic_ties else ""
     crops = "random" if args.eval_random_crops else "fixed (corners, centre, mirrored)"
+    name = voc_protocol(args)
     return {
+        "protocol": tell(name, VOC[name], vars(args)),
         "data": str(args.vocdir),
         "split": f"{trained.name} -> {tested.name}",
         "images": f"{len(trained)} -> {len(tested)}",
@@ -278,6 +339,7 @@ def describe(args: argparse.Namespace, net: Network, trained: VocSplit, tested: 
         "batch norm statistics": "global",
         "crops": f"{NUM_CROPS} {crops}, logits summed",
         "image size": args.image_size,
+        "train crop": args.train_crop,
         "iterations": args.nit,
         "batch": args.batch,
         "lr": f"{args.lr:g} halved every {args.stepsize}",
@@ -285,7 +347,7 @@ def describe(args: argparse.Namespace, net: Network, trained: VocSplit, tested: 
         "momentum": args.momentum,
         "seed": args.seed,
         "precision": args.precision,
-        "AP": "difficult images ignored; at the last iteration",
+        "AP": f"difficult images ignored{ties}; at the last iteration",
     }
 
 

@@ -1,4 +1,4 @@
-"""Linear classifiers on the frozen activations of a network: pooling, training side by side, scores.
+"""Linear classifiers on the frozen activations of a network: training side by side, scores.
 
 One forward pass of the network serves all of them, and they share nothing else: each is, bit for bit, the one
 that trains alone. Every evaluation by probes goes through here, so that its numbers compare.
@@ -7,7 +7,7 @@ that trains alone. Every evaluation by probes goes through here, so that its num
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +19,13 @@ import checkpoint
 import distributed
 from data import PlainView, make_loader
 from data.views import Batch
+from evaluation.pooling import make_pooling
 from features import Pass, activations_of, layer_shape
-from models.network import Network
+from models.network import HEAD_STD, Network
 from util import Log, Progress, UserError, atomic_write, derive_seed
 
-# AlexNet's average pooling at 224 pixels as the authors have it: (window = stride, padding).
-ALEXNET_POOLING = {"conv1": (6, 3), "conv2": (4, 0), "conv3": (3, 1), "conv4": (3, 1), "conv5": (2, 0)}
-MAX_VALUES = 10_000  # elsewhere: the largest square of a pooled map under this
 CHUNK = 64  # images in one forward pass; bounds the memory that VGG-16's early maps take
 CENTRE, CROPS = 4, 10  # the place of the central crop among the ten
-
-
-def make_pooling(arch: str, layer: str, shape: tuple[int, ...]) -> nn.Module:
-    """What stands between an activation of one image, (C, H, W) or (D,), and its classifier.
-
-    Vectors stay as they are. AlexNet at 224 pixels: the authors' windows (padding counts as zeros), which
-    leave 9600 or 9216 values, the largest squares under 10,000. Other networks, and AlexNet at sizes where
-    the windows would leave another number: adaptive average pooling to the largest square under 10,000, not
-    larger than the map. (At 64 pixels the windows would see 4 x 4 of conv 2's 7 x 7 places.)
-    """
-    if len(shape) == 1:
-        return nn.Identity()
-    channels, side = shape[0], min(shape[1:])
-    largest = max(math.isqrt((MAX_VALUES - 1) // channels), 1)
-    if arch == "alexnet":
-        window, padding = ALEXNET_POOLING[layer]
-        if (side + 2 * padding - window) // window + 1 == largest:
-            return nn.AvgPool2d(window, window, padding)
-    return nn.AdaptiveAvgPool2d(min(side, largest))
 
 
 def choose_layers(net: Network, convs: list[int], names: list[str]) -> list[str]:
@@ -70,16 +49,23 @@ def choose_layers(net: Network, convs: list[int], names: list[str]) -> list[str]
 class Frozen(nn.Module):
     """A network that stays as it is, in eval mode whatever train() asks for, with a pooling after each layer.
 
-    values: numbers that each of the layers gives for an image of `size` pixels.
+    values: numbers that each of the layers gives for an image of `size` pixels; shapes: before they are made
+    flat. pooling: evaluation/pooling.py.
     """
 
-    def __init__(self, net: Network, layers: list[str], size: int, device: torch.device) -> None:
+    def __init__(
+        self, net: Network, layers: list[str], size: int, device: torch.device, pooling: str = "grid"
+    ) -> None:
         super().__init__()
         self.net = net.requires_grad_(False).to(device, memory_format=torch.channels_last)
         self.layers, self.device = layers, device
         shapes = [layer_shape(self.net, layer, size) for layer in layers]
-        self.pools = [make_pooling(net.arch, layer, shape) for layer, shape in zip(layers, shapes)]
-        self.values = [pool(torch.zeros(1, *shape)).numel() for pool, shape in zip(self.pools, shapes)]
+        self.pools = [
+            make_pooling(net.arch, layer, shape, pooling, net.maps[-1])
+            for layer, shape in zip(layers, shapes)
+        ]
+        self.shapes = [tuple(pool(torch.zeros(shape)).shape) for pool, shape in zip(self.pools, shapes)]
+        self.values = [math.prod(shape) for shape in self.shapes]
         self.eval()
 
     def train(self, mode: bool = True) -> "Frozen":
@@ -100,16 +86,24 @@ class Frozen(nn.Module):
 class Probes(nn.Module):
     """A linear classifier for each layer of a frozen network; what trains is `classifiers` alone.
 
-    They start as torch's nn.Linear does, as the authors' do, by (seed, layer) and nothing else.
+    They start by (seed, layer) and nothing else: one of STARTS. normed: layers, maps once they are pooled,
+    which go through a batch norm of their own first; it trains with the classifier.
     """
 
-    def __init__(self, trunk: Frozen, classes: int, seed: int) -> None:
+    def __init__(
+        self, trunk: Frozen, classes: int, seed: int, start: str = "uniform", normed: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.trunk, self.layers = trunk, trunk.layers
-        made = [
-            make_linear(values, classes, derive_seed(seed, "probe", layer))
+        made: list[nn.Module] = [
+            make_linear(values, classes, derive_seed(seed, "probe", layer), start)
             for layer, values in zip(self.layers, trunk.values)
         ]
+        for i, (layer, shape) in enumerate(zip(self.layers, trunk.shapes)):
+            if layer in normed:
+                made[i] = nn.Sequential(
+                    nn.Unflatten(1, shape), nn.BatchNorm2d(shape[0]), nn.Flatten(), made[i]
+                )
         self.classifiers = nn.ModuleList(made).to(trunk.device)
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -122,11 +116,26 @@ class Probes(nn.Module):
             return [linear(x) for linear, x in zip(self.classifiers, rows)]
 
 
-def make_linear(values: int, classes: int, seed: int) -> nn.Linear:
-    """nn.Linear as torch initialises it, from this seed; torch's own generator is left as it was."""
+def make_linear(values: int, classes: int, seed: int, start: str = "uniform") -> nn.Linear:
+    """nn.Linear started from this seed; torch's own generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(values, classes)
+        linear = nn.Linear(values, classes)
+        STARTS[start](linear)
+    return linear
+
+
+def uniform(linear: nn.Linear) -> None:
+    """As torch initialises it."""
+
+
+def normal(linear: nn.Linear) -> None:
+    """Weights N(0, 0.01), bias 0."""
+    nn.init.normal_(linear.weight, 0.0, HEAD_STD)
+    nn.init.zeros_(linear.bias)
+
+
+STARTS = {"uniform": uniform, "normal": normal}
 
 
 # ---------------------------------------------------------------------------------------- what they get right
@@ -183,31 +192,45 @@ class Tally:
         self.sums.copy_(state["sums"])
 
 
+class Counts:
+    """Loss and hits of classifiers over a pass; labels: the classes (N,) int64 of its images."""
+
+    def __init__(self, classifiers: int, labels: torch.Tensor) -> None:
+        self.labels, self.counts = labels, torch.zeros(classifiers, 4, dtype=torch.float64)
+
+    def add(self, logits: list[torch.Tensor], index: torch.Tensor) -> None:
+        """Logits (B * crops, classes) of each classifier for the images index (B,)."""
+        self.counts += judge(logits, self.labels[index].to(logits[0].device)).cpu()
+
+    def records(self) -> list[dict[str, float]]:
+        """Of each classifier over all ranks; all of them have to call it together."""
+        tally = Tally(len(self.counts))
+        tally.add(self.counts)
+        return tally.records()
+
+
 @torch.no_grad()
 def evaluate(
-    probes: Probes, view: PlainView, how: Pass, label: str, log: Log
+    probes: Probes, view: PlainView, how: Pass, label: str, log: Log, meter: "Counts"
 ) -> tuple[list[dict[str, float]], list[int]]:
     """One pass over the labelled images of a view, which gives one or ten crops of each.
 
-    Returns a record for each classifier, the same on every rank, and the images that could not be decoded,
-    which do not count. label: what the progress is called in the log.
+    Returns the meter's record for each classifier, the same on every rank, and the images that could not be
+    decoded, which do not count. label: what the progress is called in the log.
     """
+    probes.eval()
     trunk, rows = probes.trunk, distributed.share_of(len(view))
     progress = Progress(len(rows), label, log=log)
-    labels = torch.from_numpy(view.images.classes)
     loader = make_loader(view, how.batch, how.workers, how.device, sampler=rows)
-    counts, broken = torch.zeros(len(probes.layers), 4, dtype=torch.float64), []
+    broken: list[int] = []
     batches = activations_of(trunk.net, probes.layers, rows_of_crops(loader), how.device, how.precision)
     for found, batch in batches:
         if found:
-            target = labels[batch.index].to(how.device)
-            counts += judge(probes.classify(trunk.pool(found)), target).cpu()
+            meter.add(probes.classify(trunk.pool(found)), batch.index)
         broken += batch.broken
         progress.update(len(batch.index) + len(batch.broken))
     progress.close()
-    tally = Tally(len(probes.layers))
-    tally.add(counts)
-    return tally.records(), sorted(i for part in distributed.gather_objects(broken) for i in part)
+    return meter.records(), sorted(i for part in distributed.gather_objects(broken) for i in part)
 
 
 def rows_of_crops(batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -222,11 +245,11 @@ def rows_of_crops(batches: Iterable[Batch]) -> Iterator[Batch]:
 class History:
     """The records of each classifier, epoch by epoch; a part of the run.
 
-    criterion: the split whose prec@1 chooses the best epoch.
+    criterion: the split whose figure chooses the best epoch.
     """
 
-    def __init__(self, layers: list[str], criterion: str) -> None:
-        self.criterion = criterion
+    def __init__(self, layers: list[str], criterion: str, figure: str = "prec@1") -> None:
+        self.criterion, self.figure = criterion, figure
         self.records: dict[str, list[dict[str, Any]]] = {layer: [] for layer in layers}
 
     def add(self, epoch: int, steps: int, splits: dict[str, list[dict[str, float]]]) -> None:
@@ -240,13 +263,13 @@ class History:
         return self.records[layer][-1]
 
     def best(self, layer: str) -> dict[str, Any]:
-        """The record with the highest prec@1 on the split that chooses, the earliest of such."""
-        return max(self.records[layer], key=lambda record: record[self.criterion]["prec@1"])
+        """The record with the highest figure on the split that chooses, the earliest of such."""
+        return max(self.records[layer], key=lambda record: record[self.criterion][self.figure])
 
     def line(self, layer: str) -> str:
         """The last epoch's figures for the log."""
         return "  ".join(
-            f"{name} loss {split['loss']:.4f} prec@1 {split['prec@1']:.2f} prec@5 {split['prec@5']:.2f}"
+            f"{name} loss {split['loss']:.4f}" + "".join(f" {of} {x:.2f}" for of, x in figures(split).items())
             for name, split in self.last(layer).items()
             if isinstance(split, dict)
         )
@@ -271,12 +294,16 @@ class History:
         self.records = {layer: list(state["records"][layer]) for layer in self.records}
 
 
+def figures(split: dict[str, float]) -> dict[str, float]:
+    """What a record says besides the loss, in percent."""
+    return {name: value for name, value in split.items() if name != "loss"}
+
+
 def table(found: list[dict[str, Any]]) -> list[str]:
     """The lines of the table, a layer a line."""
 
     def cell(record: dict[str, Any]) -> str:
-        val = record["val"]
-        return f"{val['prec@1']:.2f} / {val['prec@5']:.2f} ({record['epoch']})"
+        return f"{' / '.join(f'{x:.2f}' for x in figures(record['val']).values())} ({record['epoch']})"
 
     return [f"{'layer':<8}{'values':>7}{'last epoch':>22}{'best epoch':>22}"] + [
         f"{one['layer']:<8}{one['values']:>7}{cell(one['last']):>22}{cell(one['best']):>22}" for one in found

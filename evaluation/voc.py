@@ -23,6 +23,7 @@ from models.network import Network, renew_linears
 from util import UserError, derive_seed
 
 SPLITS = {"train": ("train", "val"), "trainval": ("trainval", "test")}  # --split -> trained on, tested on
+TIE = 1e-5  # DeeperCluster takes it off the positives' scores
 INIT_BIAS = 0.1  # of the head and of the linear layers that are renewed
 LABELS = {"1": 1, "+1": 1, "-1": -1, "0": 0}  # present, absent, 'difficult', which is ignored
 
@@ -196,16 +197,18 @@ def voc_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- average precision
 
 
-def average_precisions(scores: np.ndarray, split: VocSplit) -> dict[str, Any]:
+def average_precisions(scores: np.ndarray, split: VocSplit, pessimistic_ties: bool = False) -> dict[str, Any]:
     """AP of each class over the images that are not ignored, and the means, in percent.
 
     scores (N, C). A class without any positive has no AP (None) and is left out of the means.
+    pessimistic_ties: 1e-5 is taken off the positives' scores first, so that of equal scores they come last.
     """
     ap: dict[str, float | None] = {}
     ap_11: dict[str, float | None] = {}
     for c, name in enumerate(split.class_names):
         counts = split.labels[:, c] != 0
         present, score = split.labels[counts, c] > 0, scores[counts, c]
+        score = score.astype(np.float64) - TIE * present if pessimistic_ties else score
         defined = present.any()
         ap[name] = 100 * float(average_precision_score(present, score)) if defined else None
         ap_11[name] = 100 * eleven_point(present, score) if defined else None

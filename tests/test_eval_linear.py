@@ -162,7 +162,7 @@ def scripted(monkeypatch, **splits: list[float]) -> list[int]:
     """Let each evaluation of a split give the next of these prec@1; returns how many images each had."""
     values, sizes = {name: iter(precisions) for name, precisions in splits.items()}, []
 
-    def evaluate(probes, view, how, label, log):
+    def evaluate(probes, view, how, label, log, meter):
         sizes.append(len(view))
         return [{"loss": 1.0, "prec@1": next(values[label.split()[-1]]), "prec@5": 100.0}], []
 
@@ -221,7 +221,8 @@ def test_results_go_into_results_json_with_their_protocol(run, tmp_path, capsys)
         sum(line["layers"][name]["train"]["loss"] for name in ("conv1", "conv2"))
     )
     printed = capsys.readouterr().out
-    assert "linear protocol: data " in printed
+    assert "linear protocol: protocol deepcluster, but batch 10 instead of 256, data " in printed
+    assert "protocol deepcluster, but epochs 1 instead of 90, batch 10 instead of 256\n" in printed
     assert "values: conv1 8192  conv2 2700" in printed
 
 

@@ -223,7 +223,9 @@ def test_crops_are_squares_of_10_to_50_percent_of_the_area():
     columns = torch.arange(width, dtype=torch.uint8)[None, :].expand(height, width)
     place = torch.stack([rows, columns, rows])
     torch.manual_seed(0)
-    views = torch.cat([script.random_crops(size)(place) for _ in range(20)]).float()  # (200, 3, 8, 8)
+    views = torch.cat(
+        [script.random_crops(data.voc_train_crop(size))(place) for _ in range(20)]
+    ).float()  # (200, 3, 8, 8)
     tall = (views[:, 0, -1, 0] - views[:, 0, 0, 0]) * size / (size - 1)  # pixels between the outer rows
     wide = (views[:, 1, 0, -1] - views[:, 1, 0, 0]) * size / (size - 1)
     assert torch.all((tall - wide.abs()).abs() <= 4)

@@ -62,6 +62,11 @@ def halved(lr: float, every: int) -> Schedule:
     return lambda steps: lr * 0.5 ** (steps // every)
 
 
+def cosine_by_epoch(lr: float, epochs: int, steps_per_epoch: int) -> Schedule:
+    """lr / 2 * (1 + cos(pi e / epochs)) all through epoch e, counted from 0: SwAV's linear probe."""
+    return lambda steps: lr / 2 * (1 + math.cos(math.pi * (steps // steps_per_epoch) / epochs))
+
+
 def cosine(
     base: float, final: float, epochs: int, warmup: int, start: float, steps_per_epoch: int
 ) -> Schedule:
