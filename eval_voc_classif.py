@@ -86,7 +86,7 @@ def add_protocol(group: argparse._ArgumentGroup) -> None:
         type=word,
         default=SHOWN["pessimistic_ties"],
         metavar="BOOL",
-        help="take 1e-5 off the positives' scores before AP: of equal scores they come last",
+        help="take 1e-5 off the positives' scores before AP: they come behind what scores nearly the same",
     )
 
 

@@ -114,8 +114,8 @@ class ProtocolParser(Parser):
 
     def parse_args(self, line: Any = None, namespace: Any = None) -> argparse.Namespace:
         """As Parser does; then the protocol's values for the flags that were not given."""
-        names = {name for preset in self.table.values() for name in preset}
-        found = super().parse_args(line, argparse.Namespace(**dict.fromkeys(names)))
+        open_flags = {name: None for preset in self.table.values() for name in preset}
+        found = super().parse_args(line, argparse.Namespace(**open_flags))
         for name, value in self.table[self.choose(found)].items():
             if getattr(found, name) is None:
                 setattr(found, name, value)

@@ -201,7 +201,7 @@ def average_precisions(scores: np.ndarray, split: VocSplit, pessimistic_ties: bo
     """AP of each class over the images that are not ignored, and the means, in percent.
 
     scores (N, C). A class without any positive has no AP (None) and is left out of the means.
-    pessimistic_ties: 1e-5 is taken off the positives' scores first, so that of equal scores they come last.
+    pessimistic_ties: 1e-5 is taken off the positives' scores first, so that they come behind what is near.
     """
     ap: dict[str, float | None] = {}
     ap_11: dict[str, float | None] = {}

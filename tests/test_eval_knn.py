@@ -223,6 +223,18 @@ def test_missing_val_and_differing_classes_are_named(evaluate, tmp_path):
         evaluate(data=odd)
 
 
+def test_one_image_a_class_and_a_class_of_one_in_val_work(evaluate, folder, tmp_path):
+    names = sorted(path.name for path in (folder / "train").iterdir())
+    for split, count in (("train", 1), ("val", 1)):
+        for name in names[: len(names) if split == "train" else 2]:
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for image in sorted((folder / split / name).iterdir())[:count]:
+                shutil.copy(image, tmp_path / "data" / split / name)
+    (row,) = evaluate(data=tmp_path / "data", k=[1, 20])
+    assert list(row["knn"]) == ["1", str(len(names))]  # 20 are not there
+    assert row["knn"]["1"] == 1  # each colour's nearest is its own
+
+
 def test_class_that_is_only_in_train_is_fine_and_its_votes_count(evaluate, tmp_path):
     folder = colour_folder(tmp_path / "images")
     shutil.rmtree(folder / "val" / "green")

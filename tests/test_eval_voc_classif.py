@@ -237,6 +237,10 @@ def test_crops_are_squares_of_10_to_50_percent_of_the_area():
 # ---------------------------------------------------------------------------------------- evaluation
 
 
+def random_squares(size: int):
+    return script.random_crops(data.voc_train_crop(size))
+
+
 def predict(net: models.Network, tested: voc.VocSplit, crops, seed: int = 31, batch: int = 7, rows=range(24)):
     view = data.RandomView(tested.images, crops(SIZE)).at(seed, epoch=0)
     return script.predict(net, view, Pass(batch, 0, CPU), rows, "test", Log(quiet=True))
@@ -257,12 +261,12 @@ def test_fixed_crops_are_scored_one_by_one_and_summed(vocdir):
 def test_random_crops_depend_on_seed_and_image_alone(vocdir):
     _, tested = voc.open_voc(vocdir, "train")
     net = models.build("tiny", num_clusters=4, seed=1)
-    scores = predict(net, tested, script.random_crops)
+    scores = predict(net, tested, random_squares)
     torch.manual_seed(1)
-    assert np.array_equal(predict(net, tested, script.random_crops), scores)
-    assert np.allclose(predict(net, tested, script.random_crops, batch=5), scores, rtol=1e-4, atol=1e-5)
-    assert np.allclose(predict(net, tested, script.random_crops, rows=range(9, 24)), scores[9:], atol=1e-5)
-    assert not np.allclose(predict(net, tested, script.random_crops, seed=1), scores, rtol=1e-3)
+    assert np.array_equal(predict(net, tested, random_squares), scores)
+    assert np.allclose(predict(net, tested, random_squares, batch=5), scores, rtol=1e-4, atol=1e-5)
+    assert np.allclose(predict(net, tested, random_squares, rows=range(9, 24)), scores[9:], atol=1e-5)
+    assert not np.allclose(predict(net, tested, random_squares, seed=1), scores, rtol=1e-3)
     assert not np.allclose(predict(net, tested, data.ten_crops), scores, rtol=1e-3)
 
 

@@ -230,3 +230,17 @@ def test_eleven_point_metric_by_hand(ranking, expected):
     scores = np.linspace(1, 0, len(ranking))
     shuffled = np.random.default_rng(0).permutation(len(ranking))
     assert voc.eleven_point(present[shuffled], scores[shuffled]) == pytest.approx(expected)
+
+
+def test_pessimistic_ties_put_positives_behind_what_scores_within_1e5_of_them():
+    """A positive 1e-6 above a negative, another far above, and a difficult one: ranks 1 and 2, or 1 and 3."""
+    labels = np.array([[1], [-1], [1], [0]])
+    near, split = np.array([[0.500001], [0.5], [2.0], [9.0]]), small_split(labels)
+    usual, late = (voc.average_precisions(near, split, ties) for ties in (False, True))
+    assert usual["mAP"] == pytest.approx(100)
+    assert late["mAP"] == pytest.approx(100 * (1 + 2 / 3) / 2)
+    assert (usual["mAP_11point"], late["mAP_11point"]) == pytest.approx((100, 100 * (6 + 5 * 2 / 3) / 11))
+    equal = np.array([[200], [200], [300], [900]], dtype=np.float32)  # where float32 would not hold 1e-5
+    assert voc.average_precisions(equal, split, True)["mAP_11point"] == pytest.approx(late["mAP_11point"])
+    apart = np.array([[0.6], [0.5], [2.0], [9.0]])
+    assert voc.average_precisions(apart, split, True) == voc.average_precisions(apart, split, False)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.optim import LARC, bottou, cosine, halved, sgd
+from training.optim import LARC, bottou, cosine, cosine_by_epoch, halved, sgd
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,12 @@ def test_larc_goes_on_from_its_state():
 def test_bottou_and_halved():
     assert bottou(0.01, 1e-4)(3) == pytest.approx(0.01 / math.sqrt(1 + 0.01 * 1e-4 * 3))
     assert [halved(0.4, 2)(s) for s in range(5)] == [0.4, 0.4, 0.2, 0.2, 0.1]
+
+
+def test_cosine_by_epoch_is_one_rate_an_epoch_that_falls_to_nearly_0():
+    rate = cosine_by_epoch(0.3, 100, steps_per_epoch=5004)
+    assert rate(0) == rate(5003) == 0.3
+    assert rate(5004) == pytest.approx(0.15 * (1 + math.cos(math.pi / 100)))
+    assert rate(50 * 5004) == pytest.approx(0.15)
+    assert rate(100 * 5004 - 1) == pytest.approx(0.15 * (1 + math.cos(0.99 * math.pi)))
+    assert rate(100 * 5004) == pytest.approx(0)
