@@ -362,7 +362,9 @@ def report(
     of = f"{protocol['split reported']} ({protocol['crops']})"
     run.log(f"{figures} on {of}; in brackets the epoch, counted from 0")
     warning = (
-        "" if run.args.val_fraction > 0 else ": as the authors did, a little optimistic (--val-fraction)"
+        ""
+        if run.args.val_fraction > 0
+        else ": as the authors did, a little optimistic (--val-fraction, --kfold)"
     )
     run.log(f"best epoch chosen on {protocol['best epoch chosen on']}{warning}")
     if run.is_main:
