@@ -8,7 +8,7 @@
 DIR has train/ and val/ with class sub-folders, or --labels tells the classes. The network runs once a batch,
 frozen and in eval mode; on the pooled activation of each chosen layer (of a convolution after its ReLU) one
 linear classifier trains. They share nothing but the batches: each is the same as when it trains alone.
---protocol gives the settings of one of the papers (docs/evaluations.md); the defaults shown are DeepCluster's.
+--protocol gives the settings of one of the papers (docs/evaluations.md); the defaults are DeepCluster's.
 """
 
 import argparse

@@ -10,7 +10,7 @@ written down: after a kill the same command goes on.
 
 import argparse
 
-from commandline import Parser, add_exp, add_image_size, add_machine, add_seed, at_least, positive
+from commandline import OWN_SIZE, Parser, add_exp, add_image_size, add_machine, add_seed, at_least, positive
 
 
 def get_parser() -> Parser:
@@ -48,7 +48,7 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
         help="e.g. conv3 conv5 fc7, or layer4 avgpool; maps of over 20,000 values are averaged (default: the "
         "last map and the feature that is clustered)",
     )
-    add_image_size(group)
+    add_image_size(group, None, OWN_SIZE)
 
 
 def add_protocol(group: argparse._ArgumentGroup) -> None:
@@ -117,6 +117,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     trained, tested = open_voc(args.vocdir, args.split)
     lowshot.check_splits(trained, tested, shots)
     net = load(args.model, args.layers or [], args.seed)
+    log(net.inputs.tell(args.image_size))
+    args.image_size = net.inputs.size(args.image_size)
     layers = list(dict.fromkeys(args.layers or [net.maps[-1], net.feature]))
     exp = make_folder(args.exp)
     read(exp)

@@ -64,12 +64,15 @@ INIT_BIAS = 0.1  # of fc6 and fc7, which start anew
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train and evaluate; returns what goes into EXP/results.json."""
     net, sobel = start_of(args.model, args.sobel2RGB, args.seed)
+    told, args.image_size = net.inputs.tell(args.image_size), net.inputs.size(args.image_size)
     plan = Plan(
         args.epochs, args.lr, args.lr, args.gamma, args.decay_epochs, args.wd, args.momentum, args.image_size
     )
     refuse_missing(args.data, args.shards, args.val_shards, args.labels)
     with Run(args, METHOD, FIXED, own_files=True) as run:
+        run.log(told)
         results.read(run.exp)
+        run.inputs = net.inputs
         shards, bad_list = (args.shards, args.val_shards), run.exp / "bad_images.txt"
         train, val = open_train_val(
             args.data, args.workers, bad_list, args.skip_bad_images, run.log, args.labels, shards

@@ -166,6 +166,7 @@ def save_best(
         "class_names": images.class_names,
         "bits": images.bits,
         "args": settings,
+        "inputs": net.inputs.state_dict(),
         "protocol": protocol,
     })  # fmt: skip
 

@@ -3,6 +3,7 @@
 import argparse
 
 from commandline import (
+    OWN_SIZE,
     Parser,
     add_bad_images,
     add_image_size,
@@ -34,7 +35,7 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
         "or random:ARCH:sobel for one that has learnt nothing",
     )
     add_labels(group)
-    add_image_size(group)
+    add_image_size(group, None, OWN_SIZE)
     add_bad_images(group)
 
 
