@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # Fetch what the authors released into MODELROOT: networks, cluster assignments, features.
 #
-#   ./download_model.sh                    the networks: alexnet vgg16 alexnet-caffe vgg16-caffe
+#   ./download_model.sh                    DeepCluster's networks: alexnet vgg16 alexnet-caffe vgg16-caffe
 #   ./download_model.sh NAME...            only these
-#   ./download_model.sh list               the names, their files, and which are there
+#   ./download_model.sh list               all names, their files, and which are there
 #
 # Names: alexnet vgg16 alexnet-caffe vgg16-caffe, alexnet-clusters vgg16-clusters (both: clusters),
-# alexnet-features vgg16-features (both: features; 1.28 million x 4096 numbers, some 20 GB each), all (all of these).
+# alexnet-features vgg16-features (both: features; 1.28 million x 4096 numbers, some 20 GB each), all (all of these);
+# ResNets by SwAV, DeepCluster-v2 and SeLa-v2: swav_800ep swav_400ep swav_200ep swav_100ep swav_400ep_bs256
+# swav_200ep_bs256 swav_400ep_2x224 deepclusterv2_800ep deepclusterv2_400ep deepclusterv2_400ep_2x224 selav2_400ep
+# selav2_400ep_2x224 swav_RN50w2_400ep swav_RN50w4_400ep swav_RN50w5_400ep swav_800ep_eval_linear (its probe), or
+# resnets (all of these); VGG-16 by DeeperCluster: ours deepcluster_flickr rotnet_flickr rotnet_imagenet, or
+# deepercluster (all four).
 # A file that broke off lies beside it as FILE.part and is continued; it gets its name once its size is what the
 # server says, it is no page and, where Python is at hand, it opens. Exit code 2: a file could not be had.
 #
@@ -22,10 +27,17 @@ python=${PYTHON:-$root/.venv/bin/python}
 networks=(alexnet vgg16 alexnet-caffe vgg16-caffe)
 clusters=(alexnet-clusters vgg16-clusters)
 features=(alexnet-features vgg16-features)
+resnets=(swav_{800,400,200,100}ep swav_{400,200}ep_bs256 swav_400ep_2x224 deepclusterv2_{800ep,400ep,400ep_2x224}
+    selav2_{400ep,400ep_2x224} swav_RN50w{2,4,5}_400ep swav_800ep_eval_linear)
+deepercluster=(ours deepcluster_flickr rotnet_flickr rotnet_imagenet)
 
 die() {
     echo "download_model.sh: $*" >&2
     exit 2
+}
+
+unknown() {
+    die "$1: unknown; ./download_model.sh list prints the names"
 }
 
 files_of() {
@@ -35,18 +47,26 @@ files_of() {
         alexnet-caffe | vgg16-caffe) echo "$arch/model.prototxt $arch/model.caffemodel" ;;
         alexnet-clusters | vgg16-clusters) echo "$arch/${arch}_cluster_assignment.pickle" ;;
         alexnet-features | vgg16-features) echo "$arch/${arch}_features.pkl" ;;
-        *) die "$1: unknown; names are ${networks[*]} ${clusters[*]} ${features[*]} clusters features all list" ;;
+        swav_800ep_eval_linear) echo "$1.pth.tar" ;;
+        swav_*ep* | deepclusterv2_*ep* | selav2_*ep*)
+            [[ " ${resnets[*]} " == *" $1 "* ]] || unknown "$1"
+            echo "$1_pretrain.pth.tar"
+            ;;
+        ours) echo "ours/ours.pth" ;;
+        deepcluster_flickr) echo "deepcluster/$1.pth" ;;
+        rotnet_flickr | rotnet_imagenet) echo "rotnet/$1.pth" ;;
+        *) unknown "$1" ;;
     esac
 }
 
 list() {
     echo "from $BASE into $MODELROOT"
-    for name in "${networks[@]}" "${clusters[@]}" "${features[@]}"; do
+    for name in "${networks[@]}" "${clusters[@]}" "${features[@]}" "${resnets[@]}" "${deepercluster[@]}"; do
         for file in $(files_of "$name"); do
             state=""
             [[ ! -f $MODELROOT/$file.part ]] || state="  (begun)"
             [[ ! -f $MODELROOT/$file ]] || state="  (there)"
-            printf '%-18s %s%s\n' "$name" "$file" "$state"
+            printf '%-26s %s%s\n' "$name" "$file" "$state"
         done
     done
 }
@@ -75,7 +95,9 @@ opens() {
     "$python" -c 'import torch' 2>/dev/null || return 0
     cd "$root"
     case $1 in
-        */checkpoint.pth.tar) "$python" -c 'import sys; from models import weights
+        *_eval_linear.pth.tar) "$python" -c 'import sys, checkpoint
+print(f"  {len(checkpoint.read(sys.argv[1]))} entries")' "$2" 2> >(tail -n 1 >&2) ;;
+        */checkpoint.pth.tar | *_pretrain.pth.tar | *.pth) "$python" -c 'import sys; from models import weights
 print(f"  {weights.load(sys.argv[1])}")' "$2" 2> >(tail -n 1 >&2) ;;
         */*_cluster_assignment.pickle) "$python" -m formats.released "$2" | sed -n '1s/^/  /p' ;;
     esac
@@ -131,6 +153,8 @@ for argument in "$@"; do
         all) names+=("${networks[@]}" "${clusters[@]}" "${features[@]}") ;;
         clusters) names+=("${clusters[@]}") ;;
         features) names+=("${features[@]}") ;;
+        resnets) names+=("${resnets[@]}") ;;
+        deepercluster) names+=("${deepercluster[@]}") ;;
         *) files_of "$argument" >/dev/null && names+=("$argument") ;;
     esac
 done

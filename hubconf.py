@@ -69,7 +69,10 @@ def _entry(arch: str, what: str, sobel_first: bool) -> collections.abc.Callable[
 
 alexnet = _entry("alexnet", "AlexNet with batch normalisation", sobel_first=True)
 vgg16 = _entry("vgg16", "VGG-16, configuration D, with batch normalisation", sobel_first=True)
+vgg16wide = _entry("vgg16wide", "VGG-16 in the geometry of DeeperCluster's networks", sobel_first=True)
+vgg16folded = _entry("vgg16folded", "the same with Sobel folded into conv1, as fine-tuned", sobel_first=False)
 resnet18 = _entry("resnet18", "ResNet-18", sobel_first=False)
+resnet18s = _entry("resnet18s", "ResNet-18 with a stem for images of 28 to 64 pixels", sobel_first=False)
 resnet50 = _entry("resnet50", "ResNet-50", sobel_first=False)
 resnet50w2 = _entry("resnet50w2", "ResNet-50, twice as wide", sobel_first=False)
 resnet50w4 = _entry("resnet50w4", "ResNet-50, four times as wide", sobel_first=False)

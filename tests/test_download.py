@@ -191,12 +191,40 @@ def test_offline_says_so_in_a_line(tmp_path):
 
 def test_names_are_checked_before_anything_is_fetched(tmp_path, server):
     code, _, err = download(tmp_path / "m", server, "alexnet-caffe", "resnet50")
-    assert code == 2 and "resnet50: unknown; names are alexnet vgg16" in err and server.requests == []
+    assert code == 2 and "resnet50: unknown; ./download_model.sh list" in err and server.requests == []
+
+
+# The 16 files of the three ResNet methods and the four of DeeperCluster.
+RESNETS = (
+    "swav_800ep swav_400ep swav_200ep swav_100ep swav_200ep_bs256 swav_400ep_bs256 swav_400ep_2x224 "
+    "deepclusterv2_800ep deepclusterv2_400ep deepclusterv2_400ep_2x224 selav2_400ep selav2_400ep_2x224 "
+    "swav_RN50w2_400ep swav_RN50w4_400ep swav_RN50w5_400ep"
+).split()
+DEEPER = {
+    "ours/ours.pth",
+    "deepcluster/deepcluster_flickr.pth",
+    "rotnet/rotnet_flickr.pth",
+    "rotnet/rotnet_imagenet.pth",
+}
+LATER = {f"{name}_pretrain.pth.tar" for name in RESNETS} | {"swav_800ep_eval_linear.pth.tar"} | DEEPER
+
+
+def test_the_later_methods_files_are_listed_and_fetched_by_name(tmp_path, server):
+    _, out, _ = download(tmp_path / "m", server, "list")
+    assert len(LATER) == 20 and LATER <= {line.split()[1] for line in out.splitlines()[1:]}
+    server.files = {f"/{file}": b"x" for file in LATER}
+    assert download(tmp_path / "m", server, "resnets", "deepercluster")[0] == 0
+    found = {path.relative_to(tmp_path / "m").as_posix() for path in (tmp_path / "m").rglob("*.pth*")}
+    assert found == LATER
+    for name in ("swav_300ep", "deepclusterv2_100ep", "swav_800ep_pretrain"):
+        code, _, err = download(tmp_path / "n", server, name)
+        assert code == 2 and f"{name}: unknown" in err
 
 
 def test_names_stand_for_the_files_of_the_original_readme(tmp_path, server):
     code, out, _ = download(tmp_path / "m", server, "list")
     files = {line.split()[1] for line in out.splitlines()[1:]}
+    files -= LATER
     assert code == 0 and files == {
         f"{arch}/{file}"
         for arch in ("alexnet", "vgg16")

@@ -133,16 +133,21 @@ def test_a_resnet_is_read_from_a_file_and_random_ones_are_in_colour(tmp_path):
     assert fresh.sobel is None and fresh.conv1.in_channels == 3 and fresh.top_layer.out_features == 5
 
 
+NAMES = (
+    "alexnet vgg16 vgg16wide vgg16folded resnet18 resnet18s resnet50 resnet50w2 resnet50w4 resnet50w5".split()
+)
+
+
 def test_each_entry_point_builds_its_network(monkeypatch):
     monkeypatch.setattr(models, "build", lambda arch, *rest: torch.nn.Flatten(arch))
-    for name in ("alexnet", "vgg16", "resnet18", "resnet50", "resnet50w2", "resnet50w4", "resnet50w5"):
+    for name in NAMES:
         assert getattr(hubconf, name)().start_dim == name
 
 
 def test_what_can_be_called_are_the_networks():
     """torch.hub.list shows every public name that can be called, torch.hub.help its docstring."""
     public = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
-    assert public == {"alexnet", "vgg16", "resnet18", "resnet50", "resnet50w2", "resnet50w4", "resnet50w5"}
+    assert public == set(NAMES)
     for name in public:
         entry = getattr(hubconf, name)
         assert entry.__name__ == name and "num_clusters (int)" in entry.__doc__
