@@ -1,7 +1,20 @@
 """From image files to batches: any source -> a list of images -> decoded pixels -> crops -> views."""
 
 from data.cache import CropCache, open_cache
-from data.crops import Transform, central_crop, probe_train_crop, ten_crops, train_crop, voc_train_crop
+from data.crops import (
+    VOID,
+    Transform,
+    central_crop,
+    colours_and_mask,
+    fitted,
+    masked_crop,
+    probe_train_crop,
+    segmentation_side,
+    ten_crops,
+    train_crop,
+    voc_train_crop,
+    whole_image,
+)
 from data.decode import EXTENSIONS, FORMATS, ImageError, decode_file
 from data.depth import find_bits
 from data.images import ImageList, PackedPaths, classes_of, list_images
@@ -24,6 +37,7 @@ from data.views import (
     RandomView,
     init_worker,
     make_loader,
+    mirrored,
     normalise,
     seeded,
     to_input,
@@ -31,10 +45,11 @@ from data.views import (
 )
 
 __all__ = [
-    "EXTENSIONS", "FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "Batch", "CropCache", "ImageError", "ImageList",
-    "PackedPaths", "PlainView", "RandomView", "Transform", "broken_reason", "cannot_decode", "central_crop",
-    "check_headers", "classes_of", "decode_file", "find_bits",
+    "EXTENSIONS", "FORMATS", "IMAGENET_MEAN", "IMAGENET_STD", "VOID", "Batch", "CropCache", "ImageError",
+    "ImageList", "PackedPaths", "PlainView", "RandomView", "Transform", "broken_reason", "cannot_decode",
+    "central_crop", "check_headers", "classes_of", "colours_and_mask", "decode_file", "find_bits", "fitted",
     "init_worker", "leave_out", "list_images", "list_source", "look_at",
-    "make_loader", "normalise", "open_cache", "open_images", "probe_train_crop", "reasons",
-    "refuse_overwriting", "seeded", "ten_crops", "to_input", "train_crop", "turned", "voc_train_crop",
+    "make_loader", "masked_crop", "mirrored", "normalise", "open_cache", "open_images", "probe_train_crop",
+    "reasons", "refuse_overwriting", "seeded", "segmentation_side", "ten_crops", "to_input", "train_crop",
+    "turned", "voc_train_crop", "whole_image",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
@@ -51,6 +51,41 @@ def ten_crops(size: int) -> Transform:
     return v2.Compose([functools.partial(_resize, side=_resized_side(size)), v2.TenCrop(size), torch.stack])
 
 
+def whole_image(short: int, long: int) -> Transform:
+    """The image resized to `fitted`: nothing is cut off."""
+    return functools.partial(_whole_image, short=short, long=long)
+
+
+def fitted(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """(height, width) of an image whose shorter side becomes `short`, or less: the longer is at most `long`.
+
+    As torchvision's detectors resize, but that no side becomes 0.
+    """
+    scale = min(short / min(height, width), long / max(height, width))
+    return max(1, int(height * scale)), max(1, int(width * scale))
+
+
+def masked_crop(size: int) -> Transform:
+    """Training view of segmentation, of (4, H, W): the colours and a mask of labels, cut alike.
+
+    As torchvision's reference: the shorter side becomes 0.5 to 2 times 520/480 of the crop's, the image is
+    flipped or not, and a crop is taken, filled up with black and label 255 where the image is smaller.
+    """
+    return functools.partial(_masked_crop, size=size)
+
+
+def colours_and_mask(short: int, long: int) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """Test view of segmentation, of (4, H, W): [colours resized to `fitted`, the mask (1, H, W) as it is]."""
+    return functools.partial(_colours_and_mask, short=short, long=long)
+
+
+def segmentation_side(size: int) -> int:
+    """The shorter side of whole images that goes with a segmentation crop of `size` pixels: 520 for 480."""
+    return round(size * 520 / 480)
+
+
+VOID = 255  # the label of pixels that do not count
+
 # What follows gives torchvision's pixels. Decoding empties the processor's caches, so that the first call of
 # anything after it costs several times what it costs in a loop of its own: there are few calls here.
 
@@ -96,6 +131,28 @@ def _resize_to(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     whole = max(shape[0] * strides[0], shape[1] * strides[1], shape[2] * strides[2])
     batch = image.as_strided((1, *shape), (whole, *strides))
     return interpolate(batch, (height, width), mode="bilinear", antialias=True)[0]
+
+
+def _whole_image(image: torch.Tensor, short: int, long: int) -> torch.Tensor:
+    return _resize_to(image, *fitted(*image.shape[1:], short, long))
+
+
+def _colours_and_mask(image: torch.Tensor, short: int, long: int) -> list[torch.Tensor]:
+    return [_whole_image(image[:3], short, long), image[3:]]
+
+
+def _masked_crop(image: torch.Tensor, size: int) -> torch.Tensor:
+    side = segmentation_side(size)
+    short = int(torch.randint(side // 2, 2 * side + 1, ()))
+    height, width = fitted(*image.shape[1:], short, 16 * short)
+    colours = _resize_to(image[:3], height, width)
+    mask = interpolate(image[None, 3:], (height, width), mode="nearest-exact")[0]
+    if torch.rand(1).item() < 0.5:
+        colours, mask = colours.flip(-1), mask.flip(-1)
+    missing = (0, max(size - width, 0), 0, max(size - height, 0))
+    whole = torch.cat([pad(colours, missing), pad(mask, missing, value=VOID)])
+    top, left = (int(torch.randint(0, side - size + 1, ())) for side in whole.shape[1:])
+    return whole[:, top : top + size, left : left + size]
 
 
 # On other processors torchvision computes in float32.

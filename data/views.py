@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from data.cache import CropCache
@@ -108,6 +109,11 @@ def turned(view: torch.Tensor, turns: int) -> torch.Tensor:
     return torch.rot90(view, turns, (-2, -1))
 
 
+def mirrored(view: torch.Tensor, flip: int) -> torch.Tensor:
+    """The view (3, H, W), its left and right exchanged where flip is 1."""
+    return view.flip(-1) if flip else view
+
+
 def seeded(transform: Transform, image: torch.Tensor, seed: int) -> Views:
     """transform(image) with torch's generator on the CPU seeded for it alone."""
     # As torch.random.fork_rng and manual_seed, but those would also seed CUDA.
@@ -162,9 +168,15 @@ def collate(items: list[tuple]) -> Batch:
 
 
 def _stack(views: list[torch.Tensor]) -> torch.Tensor:
-    """Stack views as they lie in memory, (H, W, 3): no transposition here, nor later in the convolutions."""
+    """Stack views as they lie in memory, (H, W, 3): no transposition here, nor later in the convolutions.
+
+    Views of different sizes, whole images, get zeros at the bottom and at the right.
+    """
     if not views:
         return torch.zeros(0, dtype=torch.uint8)
+    if len({view.shape for view in views}) > 1:
+        height, width = (max(view.shape[side] for view in views) for side in (-2, -1))
+        views = [pad(view, (0, width - view.shape[-1], 0, height - view.shape[-2])) for view in views]
     whole = [view.movedim(-3, -1) for view in views]
     return default_collate(whole).movedim(-1, -3)
 
@@ -197,10 +209,17 @@ def to_input(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
 ) -> Views:
-    """uint8 views (B, 3, S, S), or a list of such, -> normalised float32 on the device, channels last."""
+    """uint8 views (B, 3, S, S), or a list of such, -> normalised float32 on the device, channels last.
+
+    What stands behind the three colours, such as a mask, keeps its values.
+    """
     if isinstance(views, list):
         return [to_input(group, device, mean, std) for group in views]
-    x = normalise(views.to(device, non_blocking=True), mean, std)
+    views = views.to(device, non_blocking=True)
+    if views.dim() == 4 and views.shape[1] > 3:
+        x = torch.cat([normalise(views[:, :3], mean, std), views[:, 3:].float()], 1)
+    else:
+        x = normalise(views, mean, std)
     return x.contiguous(memory_format=torch.channels_last)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import data
-from data import ImageList
+from data import ImageError, ImageList
 from models.network import Network, renew_linears
 from util import UserError, derive_seed
 
@@ -113,11 +113,7 @@ def open_split(vocdir: Path, name: str, class_names: list[str]) -> VocSplit:
 def read_list(path: Path) -> dict[str, int]:
     """Image name -> 1, -1 or 0 from a list of lines `000012 -1`, in its order; UserError if it is not one."""
     labels: dict[str, int] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a text file that can be read") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -134,17 +130,74 @@ def read_list(path: Path) -> dict[str, int]:
     return labels
 
 
+def read_names(path: Path) -> list[str]:
+    """The image names of a list such as ImageSets/Main/trainval.txt; UserError if it is not one."""
+    names: dict[str, None] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        name = line.strip()
+        if not name:
+            continue
+        if "/" in name or "\0" in name or len(name.split()) > 1:
+            raise UserError(f"{path} line {number}: {name!r} is no name of an image in JPEGImages")
+        if name in names:
+            raise UserError(f"{path} line {number}: {name} is listed twice")
+        names[name] = None
+    if not names:
+        raise UserError(f"{path} lists no image (expected a name on each line)")
+    return list(names)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list; UserError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a text file that can be read") from error
+
+
+def check_folders(vocdir: Path, *folders: str) -> None:
+    """UserError where one of the folders of a VOC folder is missing."""
+    for folder in folders:
+        if not (vocdir / folder).is_dir():
+            raise UserError(f"{vocdir / folder} is missing (expected {' and '.join(folders)} in {vocdir})")
+
+
+def check_files(paths: list[Path], listed_in: str | Path) -> None:
+    """UserError, naming the first, where some of the files that a list names are absent."""
+    absent = [path for path in paths if not path.is_file()]
+    if absent:
+        raise UserError(
+            f"{absent[0]} does not exist but is listed in {listed_in} ({len(absent)} of {len(paths)} are "
+            "absent)"
+        )
+
+
 def check_images(split: VocSplit, workers: int) -> None:
     """Decode every image once: better a list of the broken ones now than one of them hours later."""
+    decoded_sizes(split.images, split.name, workers)
+
+
+def decoded_sizes(images: ImageList, split: str, workers: int) -> np.ndarray:
+    """Decode every image of a split: their heights and widths, (N, 2) int64. UserError if that fails."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        reasons = list(pool.map(partial(data.broken_reason, split.images), range(len(split))))
-    broken = [f"{split.images.path(i)}: {reason}" for i, reason in enumerate(reasons) if reason]
-    if broken:
-        more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
+        sizes = list(pool.map(partial(_size, images), range(len(images))))
+    bad = data.reasons(images, [i for i, size in enumerate(sizes) if size is None])
+    if bad:
+        broken = [f"{images.path(i)}: {reason}" for i, reason in bad[:10]]
+        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise UserError(
-            f"{len(broken)} of {len(split)} images of {split.name} cannot be decoded "
-            f"({'; '.join(broken[:10])}{more}); fetch them again"
+            f"{len(bad)} of {len(images)} images of {split} cannot be decoded "
+            f"({'; '.join(broken)}{more}); fetch them again"
         )
+    return np.array(sizes, dtype=np.int64)
+
+
+def _size(images: ImageList, i: int) -> tuple[int, int] | None:
+    """Height and width of image i; None where it cannot be decoded."""
+    try:
+        return tuple(images.decode(i).shape[1:])
+    except ImageError:
+        return None
 
 
 # ---------------------------------------------------------------------------------------- network and loss
@@ -233,7 +286,13 @@ def eleven_point(present: np.ndarray, scores: np.ndarray) -> float:
     present (N,) bool with at least one True, scores (N,); equal scores rank in the order given.
     Everingham et al., 'The PASCAL Visual Object Classes (VOC) Challenge', 2010, section 3.4.1.
     """
-    hits = np.cumsum(present[np.argsort(-scores, kind="stable")])
-    precision = hits / np.arange(1, len(hits) + 1)
-    # In whole numbers, hits * 10 >= tenths * positives: 3 of 10 positives is a recall of 0.3 and not less.
-    return float(np.mean([precision[hits * 10 >= tenths * hits[-1]].max() for tenths in range(11)]))
+    return eleven_point_of(present[np.argsort(-scores, kind="stable")], int(present.sum()))
+
+
+def eleven_point_of(hits: np.ndarray, positives: int) -> float:
+    """The same of a ranking, hits (n,) bool the best first, that may not have found all of the positives."""
+    found = np.cumsum(hits)
+    precision = found / np.arange(1, len(found) + 1)
+    # In whole numbers, found * 10 >= tenths * positives: 3 of 10 positives is a recall of 0.3 and not less.
+    reached = [precision[found * 10 >= tenths * positives] for tenths in range(11)]
+    return float(np.mean([values.max(initial=0.0) for values in reached]))

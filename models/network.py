@@ -122,6 +122,13 @@ class Network(nn.Module):
         rest = self.names[len(self.convs) :]
         return tuple(nn.ModuleList(getattr(self, name) for name in names) for names in (self.convs, rest))
 
+    def split(self, name: str) -> tuple[nn.Sequential, nn.Sequential]:
+        """The layers up to an activation, and those behind it up to `output`; they are this net's own."""
+        layers = list(self.walk())
+        names = [found for found, _ in layers]
+        at, end = names.index(name) + 1, names.index(self.output) + 1
+        return tuple(nn.Sequential(*[layer for _, layer in part]) for part in (layers[:at], layers[at:end]))
+
     def walk(self) -> Iterator[tuple[str | None, nn.Module]]:
         """The one traversal of the layers: (name of the activation after this layer or None, layer)."""
         if self.sobel is not None:

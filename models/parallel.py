@@ -88,8 +88,13 @@ class SharedDropout(nn.Dropout):
         keep = 1 - self.p
         rows = self.share.rows
         crops = len(x) // max(len(rows), 1)
-        mask = torch.empty((crops, self.share.total, *x.shape[1:]), dtype=x.dtype, device=x.device)
-        return x * mask.bernoulli_(keep)[:, rows.start : rows.stop].flatten(0, 1).div_(keep)
+        mask = torch.empty((crops * self.share.total, *x.shape[1:]), dtype=x.dtype, device=x.device)
+        if (
+            x.dim() == 4 and not x.is_contiguous()
+        ):  # numbers are drawn in the order in which maps lie in memory
+            mask = mask.to(memory_format=torch.channels_last)
+        mask = mask.bernoulli_(keep).unflatten(0, (crops, self.share.total))
+        return x * mask[:, rows.start : rows.stop].flatten(0, 1).div_(keep)
 
 
 def share_among_ranks(net: nn.Module, share: Share, sync_bn: bool) -> None:

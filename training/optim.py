@@ -67,6 +67,25 @@ def cosine_by_epoch(lr: float, epochs: int, steps_per_epoch: int) -> Schedule:
     return lambda steps: lr / 2 * (1 + math.cos(math.pi * (steps // steps_per_epoch) / epochs))
 
 
+def in_steps(lr: float, drops: Iterable[int], warmup: int) -> Schedule:
+    """lr, a tenth after each of the steps in drops; over the first `warmup` steps it rises from lr / 1000.
+
+    As torchvision's reference training of detectors.
+    """
+    drops = sorted(drops)
+
+    def rate(steps: int) -> float:
+        rising = 0.001 + 0.999 * steps / warmup if steps < warmup else 1.0
+        return lr * rising * 0.1 ** sum(steps >= drop for drop in drops)
+
+    return rate
+
+
+def polynomial(lr: float, steps_in_all: int, power: float = 0.9) -> Schedule:
+    """lr * (1 - steps / steps_in_all)**power: torchvision's reference training of segmentation."""
+    return lambda steps: lr * max(1 - steps / steps_in_all, 0.0) ** power
+
+
 def cosine(
     base: float, final: float, epochs: int, warmup: int, start: float, steps_per_epoch: int
 ) -> Schedule:

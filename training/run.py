@@ -176,7 +176,7 @@ class Run:
             workers=args.workers, enough=enough, log=self.log,
         )  # fmt: skip
 
-    def network(self, net: Network, init: str | None = None, sync_bn: bool = False) -> Network:
+    def network(self, net: nn.Module, init: str | None = None, sync_bn: bool = False) -> nn.Module:
         """net on the device, over the ranks, compiled if asked for.
 
         init: a file to take its weights from; sync_bn: batch norm over the batches of all ranks.

@@ -146,3 +146,55 @@ def test_transforms_survive_pickling(photo):
             torch.manual_seed(3)
             views.append(transform(image))
         assert torch.equal(*views)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((50, 100), (80, 160)),  # the shorter side
+        ((100, 50), (160, 80)),
+        ((50, 200), (50, 200)),  # the longer one
+        ((33, 47), (80, 113)),  # rounded down
+        ((1, 1000), (1, 200)),  # and never to nothing
+    ],
+)
+def test_whole_images_fit_into_both_sides(shape, expected):
+    assert data.fitted(*shape, 80, 200) == expected
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8)
+    view = data.whole_image(80, 200)(image)
+    assert view.shape[1:] == expected
+    assert torch.equal(view, v2.functional.resize(image, list(expected)))
+
+
+def place(height: int, width: int) -> torch.Tensor:
+    """(4, H, W): pixels that tell their own place, and a mask that has the column too."""
+    rows = torch.arange(height, dtype=torch.uint8)[:, None].expand(height, width)
+    columns = torch.arange(width, dtype=torch.uint8)[None, :].expand(height, width)
+    return torch.stack([rows, columns, rows, columns])
+
+
+def test_a_mask_is_cut_with_its_image_and_its_labels_are_not_mixed():
+    flips, zooms, filled = 0, [], 0
+    for seed in range(200):
+        view = data.seeded(data.masked_crop(48), place(60, 80), seed)
+        assert view.shape == (4, 48, 48) and view.dtype == torch.uint8
+        inside = view[3] != data.VOID
+        assert inside[0, 0] and (view[3][inside].int() - view[1][inside].int()).abs().max() <= 2
+        assert not view[:3, ~inside].any()
+        filled += int(not inside.all())
+        row = view[1, 0, : int(inside[0].sum())].float()
+        flips += int(row[0] > row[-1])
+        zooms.append((len(row) - 1) / abs((row[-1] - row[0]).item()))
+    assert 70 < flips < 130 and 0 < filled < 150
+    # The shorter side of 60 becomes 26 to 104 pixels: 0.43 to 1.73 times.
+    assert 0.4 < min(zooms) < 0.5 and 1.6 < max(zooms) < 1.9
+
+
+def test_a_strip_with_a_mask_gives_a_full_view_without_growing():
+    assert data.masked_crop(48)(place(2, 250)).shape == (4, 48, 48)
+
+
+def test_test_view_of_a_mask_is_the_mask_itself():
+    image = place(30, 50)
+    colours, mask = data.colours_and_mask(60, 1000)(image)
+    assert torch.equal(colours, data.whole_image(60, 1000)(image[:3])) and torch.equal(mask, image[3:])

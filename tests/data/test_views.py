@@ -215,3 +215,22 @@ def test_image_error_keeps_its_line_through_pickle_and_a_worker(tmp_path):
         list(data.make_loader(view, 1, 1, CPU, sampler=[(0, 0)]))
     assert str(caught.value) == f"{tmp_path / 'x.jpg'}: not an image in a format that Pillow reads"
     assert caught.value.path == str(tmp_path / "x.jpg")
+
+
+def test_images_of_different_sizes_are_filled_up_with_zeros():
+    views = [torch.full((3, 4, 6), 7, dtype=torch.uint8), torch.full((3, 5, 2), 9, dtype=torch.uint8)]
+    batch = data.views.collate([(view, i) for i, view in enumerate(views)])
+    assert batch.views.shape == (2, 3, 5, 6) and batch.views.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.views[0, :, :4], views[0]) and torch.equal(batch.views[1, :, :, :2], views[1])
+    assert not batch.views[0, :, 4:].any() and not batch.views[1, :, :, 2:].any()
+
+
+def test_what_stands_behind_the_colours_is_not_normalised():
+    views = torch.randint(0, 256, (2, 4, 5, 6), dtype=torch.uint8)
+    x = data.to_input(views, torch.device("cpu"))
+    assert torch.equal(x[:, :3], data.normalise(views[:, :3])) and torch.equal(x[:, 3], views[:, 3].float())
+
+
+def test_a_mirrored_view_has_left_and_right_exchanged():
+    view = torch.arange(6, dtype=torch.uint8).view(1, 2, 3)
+    assert data.mirrored(view, 0) is view and data.mirrored(view, 1).tolist() == [[[2, 1, 0], [5, 4, 3]]]

@@ -179,3 +179,14 @@ def test_pooling_shrinks_to_a_map_smaller_than_its_window(side):
 def test_an_architecture_that_is_none_is_refused_with_those_there_are():
     with refuses(r"--arch resnet: unknown.*alexnet, vgg16, vgg16wide, resnet18"):
         models.build("resnet", False)
+
+
+@pytest.mark.parametrize(("arch", "at"), [("tiny", "conv2"), ("toy", "a"), ("resnet18s", "layer3")])
+def test_a_network_is_split_at_an_activation(arch, at):
+    net = models.build(arch, sobel=True, num_clusters=3, seed=1).eval()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = net.activations(x, [at, net.output])
+    front, behind = net.split(at)
+    assert torch.equal(front(x), found[at]) and torch.equal(behind(found[at]), found[net.output])
+    own = {id(p) for p in net.parameters()} - {id(p) for p in net.top_layer.parameters()}
+    assert {id(p) for part in (front, behind) for p in part.parameters()} == own

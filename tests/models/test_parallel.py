@@ -72,6 +72,18 @@ def test_dropout_masks_of_two_processes_make_up_that_of_one(ranks, case):
     assert torch.equal(torch.cat([found[case]["dropped"] for found in ranks]), expected)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_masks_of_maps_are_those_of_one_process_too(layout):
+    maps = torch.ones(8, 4, 3, 5).contiguous(memory_format=layout)
+    torch.manual_seed(7)
+    expected = nn.functional.dropout(maps, 0.5)
+    parts = []
+    for rows in (range(3), range(3, 8)):
+        torch.manual_seed(7)
+        parts.append(SharedDropout(0.5, Share(8, rows))(maps[rows.start : rows.stop]))
+    assert torch.equal(torch.cat(parts), expected)
+
+
 def test_names_weights_and_evaluation_stay_as_they_are():
     net, shared = (models.build("tiny", True, 5, seed=1).eval() for _ in range(2))
     share_among_ranks(shared, Share(), sync_bn=True)

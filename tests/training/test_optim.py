@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.optim import LARC, bottou, cosine, cosine_by_epoch, halved, sgd
+from training.optim import LARC, bottou, cosine, cosine_by_epoch, halved, in_steps, polynomial, sgd
 
 
 @pytest.mark.parametrize(
@@ -88,3 +88,10 @@ def test_cosine_by_epoch_is_one_rate_an_epoch_that_falls_to_nearly_0():
     assert rate(50 * 5004) == pytest.approx(0.15)
     assert rate(100 * 5004 - 1) == pytest.approx(0.15 * (1 + math.cos(0.99 * math.pi)))
     assert rate(100 * 5004) == pytest.approx(0)
+
+
+def test_rates_of_detection_and_segmentation_computed_by_hand():
+    rates = [in_steps(0.02, [10, 6], warmup=4)(s) for s in (0, 2, 4, 5, 6, 9, 10)]
+    assert rates == pytest.approx([2e-5, 0.02 * 0.5005, 0.02, 0.02, 0.002, 0.002, 0.0002])
+    assert in_steps(0.02, [], warmup=0)(0) == 0.02
+    assert [polynomial(0.1, 4)(s) for s in (0, 2, 4, 5)] == pytest.approx([0.1, 0.1 * 0.5**0.9, 0, 0])
