@@ -8,13 +8,14 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import IO
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -25,11 +26,12 @@ from visu.records import Records, column, log_k, value
 INK, SOFT, GRID, PAPER = "#1b1f24", "#55606b", "#d9dee3", "#ffffff"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, SKY = "#0072b2", "#d55e00", "#009e73", "#aa4499", "#56b4e9"
+AMBER, GREY = "#c98500", "#7d8791"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 # In the page each of them is a variable of its style sheet, so that it can be another one in the dark.
 VARIABLES = {
     INK: "ink", SOFT: "soft", GRID: "grid", PAPER: "paper", BLUE: "blue", ORANGE: "orange", GREEN: "green",
-    PURPLE: "purple", SKY: "sky",
+    PURPLE: "purple", SKY: "sky", AMBER: "amber", GREY: "grey",
 }  # fmt: skip
 
 STYLE = {
@@ -233,7 +235,12 @@ def draw(axes: Axes, panel: Panel, records: Records) -> None:
     axes.set_title(panel.title, parse_math=False)
     panel.draw(axes, records)
     epochs = epochs_of(records)
-    axes.set_xlim(epochs.min() - 0.5, epochs.max() + 0.5)
+    over_epochs(axes, epochs.min(), epochs.max())
+
+
+def over_epochs(axes: Axes, first: int, last: int) -> None:
+    """The horizontal axis, from the first to the last epoch."""
+    axes.set_xlim(first - 0.5, last + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
 
@@ -242,39 +249,61 @@ def draw(axes: Axes, panel: Panel, records: Records) -> None:
 
 
 def to_png(file: IO[bytes], records: Records, title: str, text: str) -> None:
-    """All panels as one PNG of 1600 pixels' width into `file`, title and lines of text above them."""
-    panels = panels_of(records)
+    """All panels of a run as one PNG into `file`, title and lines of text above them."""
+    sheet(file, [partial(draw, panel=panel, records=records) for panel in panels_of(records)], title, text)
+
+
+def sheet(
+    file: IO[bytes],
+    panels: Sequence[Callable[[Axes], None]],
+    title: str,
+    text: str,
+    handles: Sequence[Artist] = (),
+    legend_columns: int = 1,
+) -> None:
+    """Panels as one PNG of 1600 pixels' width into `file`: title, text, legend of the handles, panels."""
     columns = 2 if len(panels) in (1, 2, 4) else 3
     rows = max(math.ceil(len(panels) / columns), 1)
-    height = {1: 6.5, 2: 10.5}.get(rows, 1.9 + 4.3 * rows)
+    legend = 0.3 * math.ceil(len(handles) / legend_columns)  # inches
+    height = {1: 6.5, 2: 10.5}.get(rows, 1.9 + 4.3 * rows) + legend
+    above = 1.15 + 0.28 * (text.count("\n") + 1)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(16, height), dpi=100, facecolor=PAPER)
-        top = 1 - (1.15 + 0.28 * (text.count("\n") + 1)) / height
         figure.text(0.03, 1 - 0.25 / height, title, size=17, weight="bold", va="top", parse_math=False)
         figure.text(0.03, 1 - 0.65 / height, text, size=12, va="top", linespacing=1.4, parse_math=False)
+        if handles:
+            place = (0.022, 1 - (above - 0.5) / height)
+            figure.legend(
+                handles=handles, loc="upper left", bbox_to_anchor=place, ncols=legend_columns, fontsize=12,
+                handlelength=4, borderaxespad=0,
+            )  # fmt: skip
         grid = figure.add_gridspec(
-            rows, columns, left=0.055, right=0.98, bottom=0.63 / height, top=max(top, 0.5), hspace=0.32,
-            wspace=0.24,
+            rows, columns, left=0.055, right=0.98, bottom=0.63 / height,
+            top=max(1 - (above + legend) / height, 0.5), hspace=0.32, wspace=0.24,
         )  # fmt: skip
         for panel, cell in zip(panels, grid):
-            draw(figure.add_subplot(cell), panel, records)
+            panel(figure.add_subplot(cell))
         figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def to_svg(panel: Panel, records: Records) -> str:
-    """A panel as an SVG element: its colours are variables of the page, its ids start with its name."""
-    style = STYLE | {"svg.hashsalt": panel.name, "savefig.transparent": True}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5, 3.3), layout="constrained")
-        draw(figure.subplots(), panel, records)
+    """A panel as an SVG element."""
+    return as_svg(partial(draw, panel=panel, records=records), panel.name, panel.title)
+
+
+def as_svg(panel: Callable[[Axes], None], name: str, title: str, height: float = 3.3) -> str:
+    """What `panel` draws as an SVG element: colours are variables of the page, ids start with `name`."""
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name, "savefig.transparent": True}):
+        figure = Figure(figsize=(5, height), layout="constrained")
+        panel(figure.subplots())
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{panel.name}-', svg)
-    svg = re.sub(r'(url\(|href=")#', rf"\1#{panel.name}-", svg)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     svg = re.sub(r' width="[^"]*pt"| height="[^"]*pt"', "", svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(panel.title)}"', 1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)

@@ -1,10 +1,15 @@
-"""What the HTML pages share: a run's settings, text for people, templates."""
+"""What the HTML pages share: a run's settings, text for people, tables, templates."""
 
+import html
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from util import UserError
+
+STYLE = Path(__file__).with_name("page.css")  # of the report and the comparison
 
 # What config.json holds, where it holds it.
 SHAPE = {"method": str, "args": dict, "images": dict, "device": str, "versions": dict, "command": list}
@@ -47,3 +52,20 @@ def fill(template: Path, parts: dict[str, str]) -> str:
         name, after = piece.split("}}", 1)
         page += parts[name] + after
     return page
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; the first cell of each row is its heading."""
+    cells = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(row[0])}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def wrap(paragraphs: Sequence[str], width: int = 170) -> str:
+    """Text in lines of at most so many characters."""
+    return "\n".join(line for text in paragraphs for line in textwrap.wrap(text, width))

@@ -26,13 +26,11 @@ if __name__ == "__main__":
     ARGS = get_parser().parse_args()  # before the imports that take seconds
 
 import html
-import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 from training import logs
 from util import Log, UserError, atomic_write, run_main
-from visu.pages import fill, printable, read_config
+from visu.pages import STYLE, fill, printable, read_config, table, wrap
 from visu.records import Records, thinned, value
 from visu.summary import given_settings, other_settings, settings_line, warnings_of, words
 
@@ -127,11 +125,6 @@ def all_warnings(exp: Path, records: Records, broken: list[int], config: dict[st
     return found
 
 
-def wrap(paragraphs: Sequence[str], width: int = 170) -> str:
-    """Text in lines of at most so many characters."""
-    return "\n".join(line for text in paragraphs for line in textwrap.wrap(text, width))
-
-
 # ---------------------------------------------------------------------------------------- the page
 
 
@@ -150,6 +143,7 @@ def fill_page(
     shown = thinned(records)
     note = f" ({len(shown):,} of {len(records):,})" if len(shown) < len(records) else ""
     parts = {
+        "style": STYLE.read_text(encoding="utf-8"),
         "title": html.escape(title),
         "warnings": "".join(f'<p class="warning">Warning: {html.escape(w)}</p>' for w in warnings),
         "words": html.escape(" ".join(sentences)),
@@ -174,18 +168,6 @@ def epoch_table(records: Records) -> str:
         numbers = [(value(record, *path), form) for _, path, form in columns]
         rows.append([str(record["epoch"]), *("" if x is None else format(x, form) for x, form in numbers)])
     return table(["epoch", *(heading for heading, _, _ in columns)], rows)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; the first cell of each row is its heading."""
-    cells = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(row[0])}</th>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
 
 
 if __name__ == "__main__":
