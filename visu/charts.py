@@ -272,7 +272,7 @@ def sheet(
         figure.text(0.03, 1 - 0.25 / height, title, size=17, weight="bold", va="top", parse_math=False)
         figure.text(0.03, 1 - 0.65 / height, text, size=12, va="top", linespacing=1.4, parse_math=False)
         if handles:
-            place = (0.022, 1 - (above - 0.5) / height)
+            place = (0.026, 1 - (above - 0.5) / height)
             figure.legend(
                 handles=handles, loc="upper left", bbox_to_anchor=place, ncols=legend_columns, fontsize=12,
                 handlelength=4, borderaxespad=0,

@@ -33,6 +33,7 @@ if __name__ == "__main__":
     ARGS = get_parser().parse_args()  # before the imports that take seconds
 
 import html
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -90,9 +91,10 @@ def write_comparison(entries: Sequence[Entry], out: Path) -> tuple[Path, Path]:
     parts = {
         "style": STYLE.read_text(encoding="utf-8"),
         "title": html.escape(headline(entries)),
-        "warnings": "".join(f'<p class="warning">{html.escape(w)}</p>' for w in warnings_of(entries)),
+        "warnings": box_of_warnings(warnings_of(entries)),
         "runs": table_of_runs(entries),
         "key": key_of(entries),
+        "left_out": left_out(entries),
         "charts": "\n".join(f"<figure>{svg}</figure>" for svg in curves.svgs(entries)),
         "evaluations": "\n".join(section(i, one, entries) for i, one in enumerate(evaluations))
         or "<p>No evaluation yet: no results.json in these folders.</p>",
@@ -109,8 +111,13 @@ def write_comparison(entries: Sequence[Entry], out: Path) -> tuple[Path, Path]:
 def headline(entries: Sequence[Entry]) -> str:
     """`3 runs`, or how many settings they are of."""
     number = sum(len(entry.runs) for entry in entries)
-    runs = f"{number} run{'' if number == 1 else 's'}"
-    return runs if number == len(entries) else f"{runs} of {len(entries)} setting{'s' * (len(entries) > 1)}"
+    if number == len(entries):
+        return counted(number, "run")
+    return f"{number} runs of " + ("the same settings" if len(entries) == 1 else f"{len(entries)} settings")
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def warnings_of(entries: Sequence[Entry]) -> list[str]:
@@ -121,12 +128,31 @@ def warnings_of(entries: Sequence[Entry]) -> list[str]:
 
 def text_of_picture(entries: Sequence[Entry], differ: Rows) -> str:
     """Warnings, and the settings that differ, in the order of the legend."""
-    order = "Settings that differ, in this order: "
-    shown = order + "; ".join(f"{name} {' | '.join(values)}" for name, values in differ[:12])
+    differ = [(name, values) for name, values in differ if NOTHING not in values][:12]
+    order = "Settings that differ, in the order of the legend: "
+    shown = order + "; ".join(f"{name} {' | '.join(values)}" for name, values in differ)
     several = [entry for entry in entries if len(entry.runs) > 1]
     seeds = "Lines: mean of the seeds; bands: lowest to highest." if several else ""
     paragraphs = [*(f"Warning: {w}" for w in warnings_of(entries)[:6]), shown if differ else "", seeds]
     return wrap([p[:700] for p in paragraphs if p])
+
+
+def box_of_warnings(warnings: Sequence[str]) -> str:
+    """All of them in one box, folded where there are many."""
+    if not warnings:
+        return ""
+    items = "".join(f"<li>{html.escape(warning)}</li>" for warning in warnings)
+    many = "" if len(warnings) > 3 else " open"
+    summary = counted(len(warnings), "warning")
+    return f'<details class="warning"{many}><summary>{summary}</summary><ul>{items}</ul></details>'
+
+
+def left_out(entries: Sequence[Entry]) -> str:
+    """Which numbers of the logs have no chart."""
+    from visu import curves
+
+    names = [html.escape(printable(name)) for name in curves.other_names(entries)[1]]
+    return f"<p><small>In each run's own report only: {', '.join(names[:30])}.</small></p>" if names else ""
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -143,9 +169,14 @@ def spread(values: Sequence[float], form: str) -> str:
 def key_of(entries: Sequence[Entry]) -> str:
     """The legend of all charts."""
     items = "".join(
-        f"<li>{sample(i)}<span>{html.escape(entry.label)}</span></li>" for i, entry in enumerate(entries)
+        f"<li>{sample(i)}<span>{breakable(entry.label)}</span></li>" for i, entry in enumerate(entries)
     )
     return f'<ul class="key">{items}</ul>'
+
+
+def breakable(name: str) -> str:
+    """A name in HTML that may go on in a new line after its parts."""
+    return re.sub(r"([_/.-])(?=\w)", r"\1<wbr>", html.escape(name))
 
 
 def sample(number: int) -> str:
@@ -170,14 +201,16 @@ def table_of_runs(entries: Sequence[Entry]) -> str:
         seeds = ", ".join(entry.seeds) or NOTHING
         where = "\n".join(printable(str(run.folder)) for run in entry.runs)
         rows.append([entry.name, *settings, ", ".join(epochs), seeds, where])
-    return scrolling("Runs", entry_rows(("run", "method", "network", "epochs", "seed", "folder"), rows))
+    head = ("run", "method", "network", "epochs", "seed", "folder")
+    return scrolling("Runs", entry_rows(head, rows), "folders")
 
 
 def entry_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table with an entry a row, its sample before its name."""
     text = table(head, rows)
-    for i in range(len(rows)):
-        text = text.replace('<tr><th scope="row">', f'<tr><th scope="row" class="run">{sample(i)} ', 1)
+    for i, row in enumerate(rows):
+        plain = f'<tr><th scope="row">{html.escape(row[0])}<'
+        text = text.replace(plain, f'<tr><th scope="row" class="run">{sample(i)} {breakable(row[0])}<', 1)
     return text
 
 
@@ -187,10 +220,16 @@ def scrolling(label: str, content: str, kind: str = "") -> str:
     return f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{name}">{content}</div>'
 
 
-def entry_columns(first: str, entries: Sequence[Entry], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """A table with an entry a column; rows: a name and the cells, in HTML."""
+def entry_columns(
+    first: str,
+    entries: Sequence[Entry],
+    rows: Sequence[tuple[str, Sequence[str]]],
+    places: Sequence[int] | None = None,
+) -> str:
+    """A table with an entry a column (those at places, else all); rows: a name and the cells, in HTML."""
     names = "".join(
-        f'<th scope="col">{sample(i)}<br>{html.escape(entry.label)}</th>' for i, entry in enumerate(entries)
+        f'<th scope="col">{sample(i)}<br>{breakable(entries[i].label)}</th>'
+        for i in (range(len(entries)) if places is None else places)
     )
     body = "".join(
         f'<tr><th scope="row">{html.escape(name)}</th>'
@@ -211,33 +250,36 @@ def section(number: int, evaluation: Evaluation, entries: Sequence[Entry]) -> st
 
     kind = evaluation.kind
     parts = [f"<h3>{html.escape(kind)}</h3>"]
-    if curves.drawable([evaluation]):
+    if evaluation.drawn:
         svg = curves.svg_of_figures(f"figures-{number}", evaluation, entries)
         parts.append(f'<figure class="figures">{svg}</figure>')
     if evaluation.first:
-        parts.append(figure_table(f"{kind}: figures", entries, evaluation.first))
+        parts.append(figure_table(f"{kind}: figures", entries, evaluation, evaluation.first))
     if evaluation.folded:
-        more = figure_table(f"{kind}: other figures", entries, evaluation.folded)
-        parts.append(folded(f"{len(evaluation.folded)} more figures", more))
+        more = figure_table(f"{kind}: other figures", entries, evaluation, evaluation.folded)
+        parts.append(folded(counted(len(evaluation.folded), "more figure"), more))
     parts.append(published_part(evaluation, entries))
     if evaluation.differ:
-        text = settings_table(f"{kind}: protocol", entries, evaluation.differ)
+        text = settings_table(f"{kind}: protocol", entries, evaluation.differ, evaluation.there)
         parts.append(f"<h4>Where their protocols differ</h4>{text}")
     if evaluation.equal:
-        text = settings_table(f"{kind}: the same protocol", entries, evaluation.equal)
-        parts.append(folded("The protocol that they share" if len(entries) > 1 else "The protocol", text))
+        text = settings_table(f"{kind}: the same protocol", entries, evaluation.equal, evaluation.there)
+        shared = "The protocol that they share" if len(evaluation.there) > 1 else "The protocol"
+        parts.append(folded(shared, text))
     return f'<section class="evaluation">{"".join(parts)}</section>'
 
 
-def figure_table(label: str, entries: Sequence[Entry], rows: Sequence[Row]) -> str:
+def figure_table(label: str, entries: Sequence[Entry], evaluation: Evaluation, rows: Sequence[Row]) -> str:
     """Figures, an entry a column; the random network's and other baselines' below them."""
-    lines = []
+    there, lines = evaluation.there, []
     for row in rows:
-        cells = [
-            figure_cell(row.cells.get(i, {}), row.form(), len(entry.runs)) for i, entry in enumerate(entries)
-        ]
-        lines.append((row.name, cells))
-    return scrolling(label, entry_columns("figure", entries, lines), "numbers")
+        form = evaluation.form(row)
+        lines.append(
+            (row.name, [figure_cell(row.cells.get(i, {}), form, len(entries[i].runs)) for i in there])
+        )
+    without = [entry.name for i, entry in enumerate(entries) if i not in there]
+    note = f"<p><small>Not evaluated so: {html.escape(', '.join(without))}.</small></p>" if without else ""
+    return scrolling(label, entry_columns("figure", entries, lines, there), "numbers") + note
 
 
 def figure_cell(cell: dict[str, list[float]], form: str, runs: int) -> str:
@@ -267,9 +309,18 @@ def published_part(evaluation: Evaluation, entries: Sequence[Entry]) -> str:
     note = (
         "Published, not measured here; they compare only where images and protocol are the same. "
         "Source: the table in docs/results.md."
-    )
+    ) + of_other_classes(evaluation, rows)
     text = scrolling(f"{evaluation.kind}: published", table(head, lines), "published")
     return f"<h4>Published</h4><p>{note}</p>{text}"
+
+
+def of_other_classes(evaluation: Evaluation, rows: Sequence[Published]) -> str:
+    """A sentence where the figures are of other classes than the published ones."""
+    values = dict([*evaluation.differ, *evaluation.equal]).get("classes", [])
+    others = [x for x in dict.fromkeys(values) if x not in ("1000", "1,000", NOTHING)]
+    if not others or not any(row.evaluation.startswith("ImageNet") for row in rows):
+        return ""
+    return f" ImageNet has 1,000 classes, the images of these runs have {html.escape(', '.join(others))}."
 
 
 def source_of(row: Published) -> str:
@@ -281,26 +332,32 @@ def source_of(row: Published) -> str:
 
 def sections_of_settings(entries: Sequence[Entry], differ: Rows, some: Rows, equal: Rows) -> str:
     """Those that differ, and folded those that only some methods have and those that are the same."""
-    text = settings_table("Settings that differ", entries, differ) if differ else ""
     if len(entries) == 1:
-        text += settings_table("Settings", entries, equal)
-    else:
-        text = text or "<p>None that is known.</p>"
-        if some:
-            lines = settings_table("Settings that some have", entries, some)
-            text += folded(f"{len(some)} settings that not all have", lines)
-        if equal:
-            text += folded(f"{len(equal)} equal settings", settings_table("Equal settings", entries, equal))
+        shown = settings_table("Settings", entries, equal) if equal else "<p>No config.json.</p>"
+        return f"<h2>Settings</h2>{folded(counted(len(equal), 'setting'), shown) if equal else shown}"
+    text = "<h2>Settings that differ</h2>"
+    text += (
+        settings_table("Settings that differ", entries, differ) if differ else "<p>None that is known.</p>"
+    )
+    if some:
+        lines = settings_table("More settings", entries, some)
+        summary = counted(len(some), "setting") + " that not all have, or that do not decide the result"
+        text += folded(summary, lines)
+    if equal:
+        lines = settings_table("Equal settings", entries, equal)
+        text += folded(counted(len(equal), "equal setting"), lines)
     return text
 
 
-def settings_table(label: str, entries: Sequence[Entry], rows: Rows) -> str:
-    """Names and values; one column where they are the same in all entries."""
+def settings_table(
+    label: str, entries: Sequence[Entry], rows: Rows, places: Sequence[int] | None = None
+) -> str:
+    """Names and values of the entries (those at places, else all); one column where they are the same."""
     same = all(len(set(values)) == 1 for _, values in rows)
     if same:
         return scrolling(label, table(("setting", "value"), [[name, values[0]] for name, values in rows]))
     lines = [(name, [html.escape(x) for x in values]) for name, values in rows]
-    return scrolling(label, entry_columns("setting", entries, lines))
+    return scrolling(label, entry_columns("setting", entries, lines, places))
 
 
 def folded(summary: str, content: str) -> str:

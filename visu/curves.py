@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from visu import charts
 from visu.charts import AMBER, BLUE, GREEN, GREY, GRID, INK, ORANGE, PAPER, PURPLE, SKY, SOFT
-from visu.figures import BASELINE, OWN, RANDOM, Evaluation, Row
+from visu.figures import BASELINE, OWN, RANDOM, Evaluation
 from visu.pages import printable
 from visu.records import log_k, thinned, value
 from visu.run_groups import Entry, OneRun
@@ -24,7 +24,6 @@ DASHES = ("", "7 3", "2 2", "9 3 2 3", "12 2", "5 2 1 2 1 2", "4 4", "1 3")  # i
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DOTS = 30  # epochs up to which each has its marker
 MOST_OTHERS = 8
-MOST_ROWS = 8  # of figures in a chart
 
 
 @dataclass(frozen=True)
@@ -83,23 +82,33 @@ CURVES = (
     Curve("clustering-loss", "Clustering loss", number("clustering_loss")),
 )
 DRAWN = {"nmi_classes", "nmi_previous", "loss", "clustering_loss"}
+OTHER_TITLES = {"lr": "Learning rate"}
 TIME = Curve("seconds", "Seconds of an epoch", number("seconds", "total"))
 
 
 def curves_of(entries: Sequence[Entry]) -> list[Curve]:
-    """Those of which some log holds the number: the table's, others under their names, and the time."""
-    records = [record for entry in entries for run in entry.runs for record in run.records]
-    names = dict.fromkeys(name for record in records for name in record)
-    others = [n for n in names if n not in DRAWN | charts.NOT_DRAWN and has(records, number(n))]
+    """Those of which some log holds the number: the table's, others that compare, and the time."""
     more = [
-        Curve(f"other-{i}", printable(name).replace("_", " ").capitalize(), number(name))
-        for i, name in enumerate(others[:MOST_OTHERS])
+        Curve(
+            f"other-{i}", OTHER_TITLES.get(name, printable(name).replace("_", " ").capitalize()), number(name)
+        )
+        for i, name in enumerate(other_names(entries)[0])
     ]
-    return [curve for curve in (*CURVES, *more, TIME) if has(records, curve.get)]
+    return [curve for curve in (*CURVES, *more, TIME) if have(entries, curve.get)]
 
 
-def has(records: Sequence[dict[str, Any]], get: Callable[[dict[str, Any]], float | None]) -> bool:
-    return any(get(record) is not None for record in records)
+def other_names(entries: Sequence[Entry]) -> tuple[list[str], list[str]]:
+    """(drawn, left out): numbers of logs that no curve shows; those of one entry do not compare."""
+    known = DRAWN | charts.NOT_DRAWN
+    names = dict.fromkeys(n for entry in entries for r in entry.runs for record in r.records for n in record)
+    names = [name for name in names if name not in known and have(entries, number(name))]
+    drawn = [name for name in names if have(entries, number(name)) >= min(2, len(entries))][:MOST_OTHERS]
+    return drawn, [name for name in names if name not in drawn]
+
+
+def have(entries: Sequence[Entry], get: Callable[[dict[str, Any]], float | None]) -> int:
+    """In how many entries some record has the number."""
+    return sum(any(get(record) is not None for r in entry.runs for record in r.records) for entry in entries)
 
 
 def series(entry: Entry, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
@@ -150,10 +159,10 @@ def drawn_share(look: Look) -> float:
 # ---------------------------------------------------------------------------------------- figures
 
 
-def draw_figures(axes: Axes, evaluation: Evaluation, entries: Sequence[Entry]) -> None:
-    """The first figures of an evaluation, a row a figure: a marker an entry, hollow for random networks."""
-    rows = evaluation.first[:MOST_ROWS]
-    axes.set_title(evaluation.kind, parse_math=False)
+def draw_figures(axes: Axes, evaluation: Evaluation, entries: Sequence[Entry], title: str = "") -> None:
+    """Figures of an evaluation, a row a figure: a marker an entry, hollow for random networks."""
+    rows = evaluation.drawn
+    axes.set_title(title, parse_math=False)
     axes.set_yticks([])
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
@@ -189,16 +198,6 @@ def draw_cell(axes: Axes, cell: dict[str, list[float]], look: Look, height: floa
         axes.plot([np.mean(values)], [height], **look.line(**more))
 
 
-def drawable(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those that have a figure for a chart, on one scale."""
-    return [one for one in evaluations if one.first and one_scale(one.first[:MOST_ROWS])]
-
-
-def one_scale(rows: Sequence[Row]) -> bool:
-    """Whether the figures are all shares, or all larger: else the shares would be a heap at 0."""
-    return len({row.form() for row in rows}) == 1
-
-
 # ---------------------------------------------------------------------------------------- as files
 
 
@@ -213,8 +212,7 @@ def svgs(entries: Sequence[Entry]) -> list[str]:
 def svg_of_figures(name: str, evaluation: Evaluation, entries: Sequence[Entry]) -> str:
     """The figures of an evaluation as an SVG element; name: begins its ids."""
     draw = partial(draw_figures, evaluation=evaluation, entries=entries)
-    rows = min(len(evaluation.first), MOST_ROWS)
-    height = 1 + rows * max(0.4, 0.25 + 0.07 * len(entries))
+    height = 1 + len(evaluation.drawn) * max(0.4, 0.25 + 0.07 * len(entries))
     return charts.as_svg(draw, name, f"{evaluation.kind}: figures", height)
 
 
@@ -223,7 +221,11 @@ def to_png(
 ) -> None:
     """Everything as one PNG into `file`."""
     panels = [partial(draw_curve, entries=entries, curve=curve) for curve in curves_of(entries)]
-    panels += [partial(draw_figures, evaluation=one, entries=entries) for one in drawable(evaluations)]
+    panels += [
+        partial(draw_figures, evaluation=one, entries=entries, title=one.kind)
+        for one in evaluations
+        if one.drawn
+    ]
     labels = [shortened(entry.label, 60) for entry in entries]
     columns = max(1, min(len(labels), 170 // (max(map(len, labels)) + 10)))
     charts.sheet(file, panels, title, text, handles(labels), columns)

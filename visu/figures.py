@@ -4,6 +4,7 @@ A figure is a number somewhere in an evaluator's results; its name is the way to
 networks and other baselines stand apart from the run's own.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,10 @@ PARTS = {
 }  # fmt: skip
 SILENT = {"val", "mean"}  # words that say nothing in a name
 MOST = 40  # rows of a table that are not folded
+MOST_DRAWN = 8  # rows of a chart
+# What a chart shows first, by words in the names.
+TOLD_FIRST = ("best prec@1", "prec@1", "mAP", "AP50", "mIoU", "kNN@", "AMI", "ACC 1:1")
+LAST = re.compile(r"\blast prec@")  # of a probe, where its best epoch is told
 
 
 @dataclass
@@ -40,10 +45,9 @@ class Row:
         """Those of all entries, of anybody or of one."""
         return [x for cell in self.cells.values() for w, xs in cell.items() if whose in (w, None) for x in xs]
 
-    def form(self) -> str:
-        """How its values are written: shares with three digits, percents with two."""
-        largest = max(map(abs, self.values()), default=0)
-        return ".3f" if largest <= 1 else ".2f" if largest < 1000 else ",.4g"
+    @property
+    def largest(self) -> float:
+        return max(map(abs, self.values()), default=0.0)
 
 
 @dataclass
@@ -52,12 +56,26 @@ class Evaluation:
 
     kind: str
     rows: list[Row]
-    differ: Rows  # entries of the protocol
+    there: list[int]  # entries that have it, by their place
+    differ: Rows  # of the protocols of these
     equal: Rows
 
     @property
     def first(self) -> list[Row]:
         return [row for row in self.rows if row.first][:MOST]
+
+    def form(self, row: Row) -> str:
+        """How a row's values are written: percents with two digits, where all are shares with three."""
+        shares = all(other.largest <= 1 for other in (self.first or self.rows))
+        return ".3f" if shares and row.largest <= 1 else ".2f" if row.largest < 1000 else ",.4g"
+
+    @property
+    def drawn(self) -> list[Row]:
+        """The rows for a chart: shares or percents, and of TOLD_FIRST where there are any of them."""
+        rows = [row for row in self.first if row.largest <= 100]
+        rows = [row for row in rows if rank(row.name) < len(TOLD_FIRST)] or rows
+        chosen = sorted(rows, key=lambda row: rank(row.name))[:MOST_DRAWN]
+        return [row for row in rows if any(row is other for other in chosen)]
 
     @property
     def folded(self) -> list[Row]:
@@ -81,16 +99,26 @@ def one_evaluation(kind: str, entries: Sequence[Entry], by_run: dict[int, dict[s
             for content in by_run[id(run)].get(kind, []):
                 protocol = protocol_of(content)
                 if of_a_random_network(protocol) is False or id(run) not in protocols:
-                    protocols[id(run)] = {printable(str(n)): show(x) for n, x in protocol.items()}
+                    protocols[id(run)] = in_words(protocol, run)
                 for path, whose, number_found in numbers(content["results"], protocol):
                     name = title(path)
                     row = rows.setdefault(name, Row(name, not set(path) & PARTS))
                     row.cells.setdefault(number, {}).setdefault(whose, []).append(number_found)
-    differ, some, equal = split_rows(entries, lambda run: protocols.get(id(run), {}))
-    few = sum(any(id(run) in protocols for run in entry.runs) for entry in entries)
-    return Evaluation(
-        kind, list(rows.values()), differ + (some if few > 1 else []), equal + some * (few <= 1)
-    )
+    there = [i for i, entry in enumerate(entries) if any(id(run) in protocols for run in entry.runs)]
+    differ, some, equal = split_rows([entries[i] for i in there], lambda run: protocols.get(id(run), {}))
+    return Evaluation(kind, list(rows.values()), there, differ + some, equal)
+
+
+def in_words(protocol: dict[str, Any], run: OneRun) -> dict[str, str]:
+    """The entries of a protocol; the run's own folder is EXP in them, so that those of several compare."""
+    names = {f"{run.folder}/", f"{run.config.get('args', {}).get('exp')}/"}
+    found = {}
+    for name, entry in protocol.items():
+        text = show(entry)
+        for folder in sorted(names, key=len, reverse=True):
+            text = re.sub(rf"(?<!\S){re.escape(folder)}", "EXP/", text)
+        found[printable(str(name))] = text
+    return found
 
 
 def evaluations_of(run: OneRun) -> dict[str, list[dict[str, Any]]]:
@@ -168,6 +196,13 @@ def names_of(item: dict[str, Any]) -> list[str]:
 
 def without_names(item: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in item.items() if name not in NAMING}
+
+
+def rank(name: str) -> int:
+    """The place of a figure among those that are told first."""
+    if LAST.search(name):
+        return len(TOLD_FIRST)
+    return next((i for i, words in enumerate(TOLD_FIRST) if words in name), len(TOLD_FIRST))
 
 
 def title(way: Sequence[str]) -> str:

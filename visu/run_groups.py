@@ -53,7 +53,7 @@ class OneRun:
     def circumstances(self) -> dict[str, str]:
         """Name -> value in words of the machine that it ran on."""
         found = {f"{printable(n)} version": show(v) for n, v in self.config.get("versions", {}).items()}
-        return ({"device": show(self.config["device"])} if "device" in self.config else {}) | found
+        return ({"run on": show(self.config["device"])} if "device" in self.config else {}) | found
 
 
 @dataclass(frozen=True)
@@ -203,14 +203,20 @@ Rows = list[tuple[str, list[str]]]  # name, and a value of each entry
 
 
 def compare_settings(entries: Sequence[Entry]) -> tuple[Rows, Rows, Rows]:
-    """(those that differ, those that only some runs have, those that are equal): names and values."""
+    """(those that differ, those that do not compare, those that are equal): names and values.
+
+    Those that only some runs have do not compare, unless one asks for them first, nor do those that do not
+    decide the result.
+    """
     given = split_rows(entries, lambda run: run.settings)
     machines = split_rows(entries, lambda run: run.circumstances)
     differ, some, equal = ([*a, *b] for a, b in zip(given, machines))
     order = {name: i for i, name in enumerate(("method", "images", *ASKED, *ASKED_NEXT))}
     asked = [row for row in some if row[0] in order]
-    differ = sorted(differ + asked, key=lambda row: order.get(row[0], len(order)))
-    return differ, [row for row in some if row[0] not in order], equal
+    more = [row for row in differ if row[0] in MACHINE] + [row for row in some if row[0] not in order]
+    differ = [row for row in differ if row[0] not in MACHINE] + asked
+    differ, equal = (sorted(rows, key=lambda row: order.get(row[0], len(order))) for rows in (differ, equal))
+    return differ, more, equal
 
 
 def split_rows(entries: Sequence[Entry], of: Callable[[OneRun], dict[str, str]]) -> tuple[Rows, Rows, Rows]:
