@@ -5,6 +5,7 @@ Entries are what a comparison shows: a run, or several runs of the same settings
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -176,21 +177,16 @@ def what_decides(run: OneRun) -> dict[str, str]:
 
 
 def name_of(runs: Sequence[OneRun]) -> str:
-    """What the names of runs have in common at their beginning; else the first with how many more."""
+    """What the names of runs begin with in common, in whole words; else the first and how many more."""
     names = [run.name for run in runs]
     if len(names) == 1:
         return names[0]
-    common = common_beginning(names).rstrip("0123456789").rstrip("-_. /=,(")
-    for word in ("seed", "s"):
-        if common.endswith((f"-{word}", f"_{word}", f"/{word}", f".{word}")):
-            common = common[: -len(word) - 1]
-    return common if len(common) > 1 else first_of(runs)
-
-
-def common_beginning(names: Sequence[str]) -> str:
-    """The characters that all names begin with."""
-    columns = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names))
-    return "".join(letters[0] for letters in columns)
+    letters = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*names))
+    common = "".join(column[0] for column in letters)
+    if any(name[len(common) : len(common) + 1].isalpha() for name in names):  # in the middle of a word
+        common = re.sub(r"[^-_./ =,]*$", "", common)
+    common = re.sub(r"((^|[-_./ =,])(seed|s))?[-_./ =,]*\d*$", "", common).rstrip("-_./ =,")
+    return common or first_of(runs)
 
 
 def first_of(runs: Sequence[OneRun]) -> str:

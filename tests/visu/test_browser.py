@@ -1,12 +1,14 @@
 """The gallery and the report in a real browser; skipped where there is no Chromium."""
 
+import json
+
 import numpy as np
 import pytest
 
 from tests import browser
 from tests.visu.test_gallery import ODD_NAMES, Noise, make_folder
 from tests.visu.test_report import config, record, write_run
-from visu import report, thumbnails
+from visu import compare, report, run_groups, thumbnails
 from visu.gallery import write_gallery
 
 # Cluster -> distances of its images. Classes: a third of them "cat", the rest "dog".
@@ -329,4 +331,28 @@ def test_report_on_a_phone_and_in_the_dark(driver, tmp_path, scheme):
         driver, "return [...document.querySelectorAll('svg')].map(e => e.getBoundingClientRect().width)"
     )
     assert len(wide) == 6 and all(300 < w <= 360 for w in wide)
+    assert browser.requested(driver) == [page.as_uri()] and browser.complaints(driver) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_comparison_on_a_phone_and_in_the_dark(driver, tmp_path, scheme):
+    names = ["short", f"a_name_{'as_long_as_this_one_' * 6}", "x" * 120]
+    for i, name in enumerate(names):
+        write_run(tmp_path / name, [record(e, largest=3000 + i) for e in range(2)], config(lr=i))
+        found = {"linear": {"protocol": {"batch": i}, "results": [{"layer": name, "prec@1": 40.0 + i}]}}
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    entries = run_groups.group(run_groups.read_runs([tmp_path / name for name in names]))
+    _, page = compare.write_comparison(entries, tmp_path / "out")
+    browser.requested(driver), browser.complaints(driver)
+    browser.resize(driver, 360, 740)
+    browser.prefer(driver, scheme)
+    driver.get(page.as_uri())
+    run(driver, "document.querySelectorAll('details').forEach(e => e.open = true)")
+    assert not scrolls_sideways(driver)
+    assert run(
+        driver, "return [...document.querySelectorAll('.scroll')].some(e => e.scrollWidth > e.clientWidth)"
+    )
+    assert min(run(driver, CONTRAST, "h1, h2, h3, h4, p, small, td, th, li, summary")) >= 4.5
+    lines = "return [...document.querySelectorAll('.key .sample')].map(e => getComputedStyle(e).stroke)"
+    assert len(set(run(driver, lines))) == 3
     assert browser.requested(driver) == [page.as_uri()] and browser.complaints(driver) == []
