@@ -38,9 +38,9 @@ import statistics
 from collections.abc import Sequence
 
 from util import Log, UserError, atomic_write, make_folder, run_main
-from visu.figures import BASELINE, OWN, RANDOM, Evaluation, Row, compare_evaluations
+from visu.figures import BASELINE, OWN, RANDOM, Evaluation, Row, architectures_of, compare_evaluations
 from visu.pages import STYLE, fill, printable, table, wrap
-from visu.published import ROWS_OF, Published, published_for, read_published
+from visu.published import METHODS, ROWS_OF, Published, published_for, read_published
 from visu.run_groups import NOTHING, Entry, Rows, compare_settings, group, read_runs
 
 TEMPLATE = Path(__file__).with_name("compare.html")
@@ -95,7 +95,8 @@ def write_comparison(entries: Sequence[Entry], out: Path) -> tuple[Path, Path]:
         "runs": table_of_runs(entries),
         "key": key_of(entries),
         "left_out": left_out(entries),
-        "charts": "\n".join(f"<figure>{svg}</figure>" for svg in curves.svgs(entries)),
+        "charts": "\n".join(f"<figure>{svg}</figure>" for svg in curves.svgs(entries))
+        or "<p>No log.jsonl with an epoch in these folders.</p>",
         "evaluations": "\n".join(section(i, one, entries) for i, one in enumerate(evaluations))
         or "<p>No evaluation yet: no results.json in these folders.</p>",
         "settings": sections_of_settings(entries, *settings),
@@ -297,9 +298,10 @@ def published_part(evaluation: Evaluation, entries: Sequence[Entry]) -> str:
     """The published figures for the networks and methods that are compared."""
     if not evaluation.kind.startswith(tuple(ROWS_OF)):
         return ""
-    runs = [run for entry in entries for run in entry.runs]
-    archs = sorted({run.settings["arch"] for run in runs if "arch" in run.settings})
-    methods = {str(run.config.get("method", "deepcluster")) for run in runs}
+    runs = [run for i in evaluation.there for run in entries[i].runs]
+    archs = sorted({arch for run in runs for arch in architectures_of(run, evaluation.kind)})
+    known = [run.config.get("method", "deepcluster") for run in runs if run.config]  # 0.1.0 had no other
+    methods = set(map(str, known)) or set(METHODS)
     rows = published_for(evaluation.kind, archs, methods, read_published())
     if not rows:
         which = html.escape(", ".join(archs) or "these networks")

@@ -147,6 +147,16 @@ def protocol_of(evaluation: dict[str, Any]) -> dict[str, Any]:
     return protocol if isinstance(protocol, dict) else {}
 
 
+def architectures_of(run: OneRun, kind: str) -> set[str]:
+    """Of the run; where it is not known, what the protocols of an evaluator say of the network."""
+    if "arch" in run.settings:
+        return {run.settings["arch"]}
+    protocols = [protocol_of(evaluation) for evaluation in evaluations_of(run).get(kind, [])]
+    said = [str(p.get(name, "")) for p in protocols for name in ("arch", "network", "model")]
+    found = [re.search(r"\((\w+)|^random:(\w+)|^(\w+)$", text) for text in said]
+    return {next(filter(None, match.groups())) for match in found if match}
+
+
 def of_a_random_network(protocol: dict[str, Any]) -> bool:
     """Whether the evaluated network is a random one."""
     models = (protocol.get("network"), protocol.get("model"))

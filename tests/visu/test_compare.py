@@ -134,6 +134,15 @@ def test_published_figures_are_marked_with_their_source(tmp_path):
     assert "SwAV" not in rows  # neither of this method nor of this network
 
 
+def test_folders_that_hold_evaluations_alone_are_compared(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "results.json").write_text(json.dumps(linear(40.0, "a.pth.tar (resnet50)", 1000)))
+    page = compared([tmp_path / "a"], tmp_path / "out")
+    assert row_of(page, "conv3 last prec@1") == ["40.00"] and "No log.jsonl with an epoch" in page
+    rows = part(page, "<h4>Published", "</table>")
+    assert "<td>75.2 [75.18]</td>" in rows and "37.88" not in rows and "ImageNet has" not in rows
+
+
 def test_names_are_escaped_wherever_they_stand(tmp_path):
     name = '<img src=x onerror="1">{{title}}$x_1$ =cmd|calc'
     found = {"<u>k</u>": {"protocol": {"<i>": "<s>"}, "results": {"<q>": 1.0, "kind": {"<em>": 2}}}}
