@@ -75,6 +75,8 @@ def refuse_inputs(out: Path, entries: Sequence[Entry]) -> None:
     folders = {run.folder for entry in entries for run in entry.runs}
     if out.resolve() in folders or any((out / name).exists() for name in OF_A_RUN):
         raise UserError(f"--out {out}: is the folder of a run; choose another, in which nothing is lost")
+    if out.resolve() == TEMPLATE.parent:
+        raise UserError(f"--out {out}: holds the template of the page; choose another folder")
 
 
 def write_comparison(entries: Sequence[Entry], out: Path) -> tuple[Path, Path]:
@@ -123,8 +125,7 @@ def counted(number: int, what: str) -> str:
 
 def warnings_of(entries: Sequence[Entry]) -> list[str]:
     """What went wrong in which run."""
-    named = [(run.name, warning) for entry in entries for run in entry.runs for warning in run.warnings]
-    return [w if w.startswith(name) or name in w.split(":")[0] else f"{name}: {w}" for name, w in named]
+    return [warning for entry in entries for run in entry.runs for warning in run.warnings]
 
 
 def text_of_picture(entries: Sequence[Entry], differ: Rows) -> str:

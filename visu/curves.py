@@ -115,13 +115,13 @@ def series(entry: Entry, curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     """(epochs (E,), values (R, E)) of the R runs of an entry that have the number, where all of them do."""
     by_run = [points(run, curve) for run in entry.runs]
     by_run = [found for found in by_run if found]
-    common = sorted(set.intersection(*map(set, by_run))) if by_run else []
+    common = thinned(sorted(set.intersection(*map(set, by_run))) if by_run else [])
     return np.array(common, int), np.array([[found[epoch] for epoch in common] for found in by_run])
 
 
 def points(run: OneRun, curve: Curve) -> dict[int, float]:
     """Epoch -> number of a run."""
-    found = {record["epoch"]: curve.get(record) for record in thinned(run.records)}
+    found = {record["epoch"]: curve.get(record) for record in run.records}
     return {epoch: float(x) for epoch, x in found.items() if x is not None}
 
 

@@ -36,7 +36,7 @@ def log_k(record: dict[str, Any]) -> float | None:
     return None if number is None else math.log(max(number, 2))
 
 
-def thinned(records: Records) -> Records:
+def thinned(records: Sequence[Any]) -> Sequence[Any]:
     """At most MOST of the records, evenly spread, the first and the last among them."""
     if len(records) <= MOST:
         return records

@@ -117,12 +117,16 @@ def read_run(exp: str | Path) -> tuple[Records, list[int], dict[str, Any]]:
 
 def all_warnings(exp: Path, records: Records, broken: list[int], config: dict[str, Any]) -> list[str]:
     """What went wrong in the run, and which lines of its log are not readable."""
-    found = warnings_of(records, config)
-    if broken:
-        which = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
-        lines = f"line {which}" if len(broken) == 1 else f"lines {which} ({len(broken)})"
-        found.append(f"{lines} of {exp.name}/log.jsonl cannot be read; the others count.")
-    return found
+    return warnings_of(records, config) + unreadable(f"{exp.name}/log.jsonl", broken)
+
+
+def unreadable(log: str, broken: list[int]) -> list[str]:
+    """The sentence on the broken lines of a log, [] where there are none."""
+    if not broken:
+        return []
+    which = ", ".join(map(str, broken[:10])) + (", ..." if len(broken) > 10 else "")
+    lines = f"line {which}" if len(broken) == 1 else f"lines {which} ({len(broken)})"
+    return [f"{lines} of {log} cannot be read; the others count."]
 
 
 # ---------------------------------------------------------------------------------------- the page

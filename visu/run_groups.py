@@ -17,8 +17,8 @@ from training import logs
 from util import UserError
 from visu.pages import printable, read_config
 from visu.records import Records, value
-from visu.report import all_warnings
-from visu.summary import ASKED, ASKED_NEXT, show
+from visu.report import unreadable
+from visu.summary import ASKED, ASKED_NEXT, show, warnings_of
 
 # Settings that say where things lie or how they are shown: no difference between runs.
 PLACES = {"exp", "resume"}
@@ -101,7 +101,7 @@ def read_one(folder: Path, name: str) -> OneRun:
     log, warnings = folder / "log.jsonl", []
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the EXP of runs")
-    evaluations = read_evaluations(folder, warnings)
+    evaluations = read_evaluations(folder, name, warnings)
     if not log.is_file() and not (evaluations or warnings):
         raise UserError(f"{folder}: no run, it has neither log.jsonl nor results.json")
     try:
@@ -111,7 +111,8 @@ def read_one(folder: Path, name: str) -> OneRun:
         config = {}
     records, broken = logs.check_lines(log) if log.is_file() else ([], [])
     if records:
-        warnings += [w for w in all_warnings(Path(name), records, broken, config)]
+        warnings += [f"{name}: {warning}" for warning in warnings_of(records, config)]
+        warnings += unreadable(f"{name}/log.jsonl", broken)
     elif broken:
         warnings.append(f"{name}/log.jsonl: no line of it is an epoch.")
     elif log.is_file():
@@ -124,7 +125,7 @@ def relative(text: str, folder: Path, name: str) -> str:
     return printable(text.replace(str(folder), name))
 
 
-def read_evaluations(folder: Path, warnings: list[str]) -> dict[str, dict[str, Any]]:
+def read_evaluations(folder: Path, name: str, warnings: list[str]) -> dict[str, dict[str, Any]]:
     """Evaluations by place: EXP/results.json under "", and EXP/<place>/results.json, but for runs inside."""
     inside = [path for path in sorted(folder.iterdir()) if not (path / "log.jsonl").exists()]
     found = {}
@@ -132,7 +133,7 @@ def read_evaluations(folder: Path, warnings: list[str]) -> dict[str, dict[str, A
         try:
             content = results.read(place)
         except (UserError, OSError) as error:
-            warnings.append(f"{relative(str(error), folder, folder.name)}; its figures are left out.")
+            warnings.append(f"{relative(str(error), folder, name)}; its figures are left out.")
             continue
         content = {n: e for n, e in content.items() if isinstance(e, dict) and "results" in e}
         if content:

@@ -34,6 +34,7 @@ def linear(top1, network="m.pth.tar (alexnet)", classes=20):
 
 def make_run(exp, epochs=3, found=None, line=lambda e: {"epoch": e, "nmi_classes": 0.5}, **settings):
     settings = {"seed": 31, "lr": 0.05} | settings
+    exp.parent.mkdir(exist_ok=True)
     write_run(exp, [line(e) for e in range(epochs)], config(**settings))
     if found is not None:
         (exp / "results.json").write_text(json.dumps(found))
@@ -99,6 +100,15 @@ def test_runs_that_differ_by_seed_alone_are_one_with_mean_and_range(tmp_path):
     entries = run_groups.group(run_groups.read_runs(exps))
     epochs, values = curves.series(entries[0], curves.CURVES[0])
     assert epochs.tolist() == [0, 1, 2] and values.shape == (3, 3)
+
+
+def test_curves_of_seeds_are_over_the_epochs_that_all_have(tmp_path):
+    line = lambda e: {"epoch": e, "nmi_classes": e / 1e4}  # noqa: E731
+    exps = [make_run(tmp_path / f"s{n}", epochs=n, seed=n, line=line) for n in (1500, 2100)]
+    (entry,) = run_groups.group(run_groups.read_runs(exps))
+    epochs, values = curves.series(entry, curves.CURVES[0])
+    assert len(epochs) == 1000 and (epochs[0], epochs[-1]) == (0, 1499)
+    assert np.array_equal(values, np.array([epochs, epochs]) / 1e4)
 
 
 def test_settings_that_differ_stand_first_and_equal_ones_are_folded(tmp_path):
@@ -203,9 +213,18 @@ def test_mistakes_are_told_in_one_line(tmp_path):
     with refuses("--out .*young: is the folder of a run"):
         compared([good], tmp_path / "young")
     assert {path.name: path.read_bytes() for path in good.iterdir()} == before
+    with refuses("holds the template"):
+        compared([good], compare.TEMPLATE.parent)
     with refuses("required: EXP"):
         compare.get_parser().parse_args([])
     assert not (tmp_path / "out").exists()
+
+
+def test_warnings_of_training_name_their_run(tmp_path):
+    stuck = [make_run(tmp_path / n, line=lambda e: record(e, loss=4.6), lr=n) for n in ("a", "b/c", "b/d")]
+    entries = run_groups.group(run_groups.read_runs(stuck))
+    names = [warning.split(": the loss 4.600 is stuck")[0] for warning in compare.warnings_of(entries)]
+    assert names == ["a", "c", "d"]
 
 
 def test_logs_and_results_of_any_shape_are_compared_all_the_same(tmp_path):
