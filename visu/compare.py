@@ -135,7 +135,10 @@ def text_of_picture(entries: Sequence[Entry], differ: Rows) -> str:
     shown = order + "; ".join(f"{name} {' | '.join(values)}" for name, values in differ)
     several = [entry for entry in entries if len(entry.runs) > 1]
     seeds = "Lines: mean of the seeds; bands: lowest to highest." if several else ""
-    paragraphs = [*(f"Warning: {w}" for w in warnings_of(entries)[:6]), shown if differ else "", seeds]
+    warnings = warnings_of(entries)
+    said = [f"Warning: {warning}" for warning in warnings[:5]]
+    more = f"{counted(len(warnings) - 5, 'more warning')}: on the page." if len(warnings) > 5 else ""
+    paragraphs = [*said, more, shown if differ else "", seeds]
     return wrap([p[:700] for p in paragraphs if p])
 
 

@@ -27,6 +27,7 @@ MACHINE = {
     "workers", "device", "verbose", "no_report", "tensorboard", "checkpoints", "checkpoint_freq",
     "crop_cache",
 }  # fmt: skip
+A_FOLD = re.compile(r"fold\d+")  # of an evaluation, whose mean stands in EXP
 NOTHING = "–"  # where a run has no such setting or figure
 
 
@@ -126,8 +127,9 @@ def relative(text: str, folder: Path, name: str) -> str:
 
 
 def read_evaluations(folder: Path, name: str, warnings: list[str]) -> dict[str, dict[str, Any]]:
-    """Evaluations by place: EXP/results.json under "", and EXP/<place>/results.json, but for runs inside."""
+    """Evaluations by place: of EXP under "", and of EXP/<place>, runs and folds left out."""
     inside = [path for path in sorted(folder.iterdir()) if not (path / "log.jsonl").exists()]
+    inside = [path for path in inside if not A_FOLD.fullmatch(path.name)]
     found = {}
     for place in [folder, *inside]:
         try:

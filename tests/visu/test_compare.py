@@ -168,11 +168,13 @@ def test_names_are_escaped_wherever_they_stand(tmp_path):
 
 def test_random_networks_stand_below_and_runs_without_the_evaluation_are_named(tmp_path):
     a = make_run(tmp_path / "a", found=linear(40.0))
-    (a / "random").mkdir()
+    for name in ("random", "fold0"):
+        (a / name).mkdir()
+    (a / "fold0" / "results.json").write_text(json.dumps(linear(77.0)))
     (a / "random" / "results.json").write_text(json.dumps(linear(20.0, "random:alexnet (alexnet)")))
     page = compared([a, make_run(tmp_path / "b", lr=1)], tmp_path / "out")
     assert row_of(page, "conv3 best prec@1")[0].split() == ["40.00", "random", "20.00"]
-    assert "Not evaluated so: b." in page
+    assert "Not evaluated so: b." in page and "77.00" not in page
 
 
 # ---------------------------------------------------------------------------------------- broken things
