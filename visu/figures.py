@@ -20,11 +20,9 @@ OWN, RANDOM, BASELINE = "run", "random", "baseline"  # whose figure it is
 NAMING = ("layer", "head", "split", "name")  # what names an item of a list of results
 # No figures: places, sizes, lists of what a mean is of.
 DROPPED = {"epoch", "steps", "values", "size", "images", "intervals", "draws", "queries", "network"}
-# Figures of a part, such as of one class, and what is no measure of quality: they are folded.
-PARTS = {
-    "train", "loss", "classes", "clusters", "trainings", "AP", "AP_11point", "IoU", "std", "deviation",
-    "lowest", "highest",
-}  # fmt: skip
+# Folded: figures of a part, such as of one class, by what holds them, and what is no measure of quality.
+PARTS = {"train", "classes", "by class", "trainings", "AP", "AP_11point", "IoU"}
+ASIDE = {"loss", "classes", "clusters", "std", "deviation", "lowest", "highest"}
 SILENT = {"val", "mean"}  # words that say nothing in a name
 MOST = 40  # rows of a table that are not folded
 MOST_DRAWN = 8  # rows of a chart
@@ -102,7 +100,7 @@ def one_evaluation(kind: str, entries: Sequence[Entry], by_run: dict[int, dict[s
                     protocols[id(run)] = in_words(protocol, run)
                 for path, whose, number_found in numbers(content["results"], protocol):
                     name = title(path)
-                    row = rows.setdefault(name, Row(name, not set(path) & PARTS))
+                    row = rows.setdefault(name, Row(name, is_told_first(path)))
                     row.cells.setdefault(number, {}).setdefault(whose, []).append(number_found)
     there = [i for i, entry in enumerate(entries) if any(id(run) in protocols for run in entry.runs)]
     differ, some, equal = split_rows([entries[i] for i in there], lambda run: protocols.get(id(run), {}))
@@ -206,6 +204,11 @@ def names_of(item: dict[str, Any]) -> list[str]:
 
 def without_names(item: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in item.items() if name not in NAMING}
+
+
+def is_told_first(way: Sequence[str]) -> bool:
+    """Whether a figure is none of a part and none aside of quality."""
+    return not (PARTS.intersection(way[:-1]) or ASIDE.intersection(way[-1:]))
 
 
 def rank(name: str) -> int:

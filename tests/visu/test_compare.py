@@ -153,6 +153,21 @@ def test_folders_that_hold_evaluations_alone_are_compared(tmp_path):
     assert "<td>75.2 [75.18]</td>" in rows and "37.88" not in rows and "ImageNet has" not in rows
 
 
+def test_figures_of_classes_are_folded_and_means_are_not(tmp_path):
+    found = {"mAP": 50.0, "AP": {"cat": 40.0, "dog": None}}
+    of_detection = {"AP50": 60.0, "AP": 30.0, "by class": {"AP50": {"cat": 55.0}}}
+    kinds = {"eval_voc_classif": {"results": found}, "eval_voc_detection": {"results": of_detection}}
+    page = compared([make_run(tmp_path / "a", found=kinds)], tmp_path / "out")
+    of_class, of_boxes = page.split('<section class="evaluation">')[1:]
+    for section, first, folded in (
+        (of_class, ["mAP"], ["AP cat"]),
+        (of_boxes, ["AP50", "AP"], ["by class AP50 cat"]),
+    ):
+        shown, *hidden = section.split("<details>")
+        assert re.findall(r'<th scope="row">([^<]+)<', shown.split("<h4>Published")[0]) == first
+        assert re.findall(r'<th scope="row">([^<]+)<', hidden[0])[: len(folded)] == folded
+
+
 def test_names_are_escaped_wherever_they_stand(tmp_path):
     name = '<img src=x onerror="1">{{title}}$x_1$ =cmd|calc'
     found = {"<u>k</u>": {"protocol": {"<i>": "<s>"}, "results": {"<q>": 1.0, "kind": {"<em>": 2}}}}
