@@ -30,9 +30,9 @@ deepclusterv2)
     ;;
 swav)
     MAIN=main_swav.py
-    # Fewer prototypes than a batch has images, or codes cannot spread over them.
+    # Fewer prototypes than a batch has images, or codes cannot spread over them; colours as they are.
     DEMO=(--arch resnet18 "${CROPS[@]}" "${HEAD[@]}" --nmb_prototypes 40 --freeze_prototypes_niters 62
-        --jitter_strength 0.2 --epochs 3)
+        --jitter_strength 0 --epochs 4)
     LAYERS=(layer3 avgpool)
     ;;
 deepercluster)

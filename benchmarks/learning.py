@@ -35,7 +35,7 @@ RECIPES = {
     ),
     "swav": (
         "main_swav.py",
-        f"--size_crops {{size}} {CROPS} {HEAD} --jitter_strength 0.2 --nmb_prototypes 40"
+        f"--size_crops {{size}} {CROPS} {HEAD} --jitter_strength 0 --nmb_prototypes 40"
         " --freeze_prototypes_niters 62",
         "--epochs",
     ),
@@ -50,8 +50,9 @@ RECIPES = {
         "--nepochs",
     ),
 }
-# What one network wants otherwise: (method, network) -> flags that win over the recipe's.
-OTHERWISE: dict[tuple[str, str], str] = {}
+# What one network wants otherwise: (method, architecture) -> flags that win over the recipe's.
+SMALL_CROPS = "--size_crops 20 --min_scale_crops 0.4 --jitter_strength 0"
+OTHERWISE = {("deepclusterv2", "resnet18s"): SMALL_CROPS, ("swav", "resnet18s"): SMALL_CROPS}
 NETWORKS = {"alexnet": "conv5", "resnet18": "avgpool"}  # and the layer that is judged
 LARGEST = 224  # pixels of a picture that is larger
 SMALL = 48  # pixels: below, AlexNet's maps vanish and ResNet-18 takes its small stem
