@@ -99,6 +99,7 @@ from eval_knn import Pixels
 from evaluation.knn import cluster_figures, knn_accuracies, nearest, unit_features
 from evaluation.labelled import open_train_val
 from features import Pass
+from models.inputs import Inputs
 from models.network import Network
 from models.weights import load
 from util import Log, Progress, UserError, atomic_write, choose_device, run_main, write_json
@@ -257,7 +258,7 @@ def minutes(exp: Path) -> float:
 def judged(kept: Path, name: str, model: str, subject: Subject, how: Pass, k: int, seed: int) -> dict:
     """The figures of one network, from the file `kept` where they are there; model: a method's checkpoint."""
     if not kept.exists():
-        layer, net = subject.layer, Pixels()
+        layer, net = subject.layer, Pixels(Inputs())
         if name != PIXELS:
             net = load(model or f"random:{subject.arch}", [layer], seed)
         net.to(how.device, memory_format=torch.channels_last)
