@@ -57,6 +57,7 @@ NETWORKS = {"alexnet": "conv5", "resnet18": "avgpool"}  # and the layer that is 
 LARGEST = 224  # pixels of a picture that is larger
 SMALL = 48  # pixels: below, AlexNet's maps vanish and ResNet-18 takes its small stem
 FIGURES_FILE = "figures.json"
+TURNS = ("deepercluster", "rotnet")  # methods whose head tells turns; also judged by that
 FIGURES = ("kNN", "linear", "NMI", "AMI")
 
 
@@ -94,7 +95,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from data import PlainView, central_crop, make_loader, to_input
+from data import PlainView, central_crop, make_loader, to_input, turned
 from eval_knn import Pixels
 from evaluation.knn import cluster_figures, knn_accuracies, nearest, unit_features
 from evaluation.labelled import open_train_val
@@ -265,7 +266,8 @@ def judged(kept: Path, name: str, model: str, subject: Subject, how: Pass, k: in
         if name == ADAPTED:
             adapt(net, subject.train, how)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        write_json(kept, figures(net, subject, how, k, seed))
+        turns = {"turns": turns_told(net, subject.val, how)} if name in TURNS else {}
+        write_json(kept, figures(net, subject, how, k, seed) | turns)
     return {"network": name, "seed": seed} | json.loads(kept.read_text())
 
 
@@ -307,6 +309,21 @@ def figures(net: Network | Pixels, subject: Subject, how: Pass, k: int, seed: in
     }
 
 
+def turns_told(net: Network, view: PlainView, how: Pass) -> float:
+    """How many of the view's images, in each of four turns, have their turn told by the head; chance is 0.25.
+
+    The head's outputs are super-classes, four turns of one super-cluster after the other.
+    """
+    right = shown = 0
+    for batch in make_loader(view, how.batch, how.workers, how.device):
+        for turns in range(4):
+            x = to_input(turned(batch.views, turns), how.device, net.inputs.mean, net.inputs.std)
+            with torch.inference_mode():
+                told = net.activations(x, ["logits"])["logits"].argmax(1) % 4
+            right, shown = right + int((told == turns).sum()), shown + len(told)
+    return right / shown
+
+
 def linear_accuracy(x: np.ndarray, y: np.ndarray, x_val: np.ndarray, y_val: np.ndarray) -> float:
     """Accuracy on val of scikit-learn's logistic regression on the standardised features of train."""
     scale = StandardScaler().fit(x)
@@ -335,6 +352,11 @@ def table(rows: list[dict]) -> list[str]:
         if "epochs" in mine[0]:
             took = f"{mine[0]['epochs']}, {np.mean([row['minutes'] for row in mine]):.1f}"
         lines.append(f"| {name} | {took} | " + " | ".join(cells) + " |")
+    for name in TURNS:
+        told = [row["turns"] for row in rows if row["network"] == name]
+        if told:
+            spread = f"{np.mean(told):.3f} ({min(told):.3f} to {max(told):.3f})"
+            lines += ["", f"Turns told by {name}: {spread}, chance 0.25."]
     return lines
 
 

@@ -5,11 +5,13 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import models
 from benchmarks import learning
 from data import PlainView, central_crop, list_images
 from features import Pass
+from models.inputs import Inputs
 from tests.helpers import equal
 from tests.small_run import write_crops
 
@@ -89,6 +91,35 @@ def test_a_second_call_judges_from_the_files(tmp_path, monkeypatch):
     assert all(0 <= row[figure] <= 1 for row in first for figure in learning.FIGURES)
     random, adapted = first[2], first[4]
     assert any(random[figure] != adapted[figure] for figure in learning.FIGURES)
+
+
+class BrightSide(torch.nn.Module):
+    """Tells by how many quarters a picture was turned whose top was bright; two super-clusters."""
+
+    inputs = Inputs()
+
+    def activations(self, x, names):
+        sides = [
+            x[..., :4, :],
+            x[..., :4],
+            x[..., -4:, :],
+            x[..., -4:],
+        ]  # turned counter-clockwise: top, left, ...
+        scores = torch.stack([side.mean((1, 2, 3)) for side in sides], 1)
+        return {"logits": torch.cat([scores - 1, scores], 1)}
+
+
+def test_turns_are_told_of_all_four_and_counted(tmp_path):
+    for name, row in (("a", slice(0, 8)), ("b", slice(0, 16))):
+        picture = np.zeros((64, 64, 3), np.uint8)
+        picture[row] = 255
+        (tmp_path / name).mkdir()
+        Image.fromarray(picture).save(tmp_path / name / "0.png")
+    view = PlainView(list_images(tmp_path), lambda picture: picture)
+    how = Pass(1, 0, torch.device("cpu"))
+    assert learning.turns_told(BrightSide(), view, how) == 1
+    upside_down = PlainView(list_images(tmp_path), lambda picture: picture.flip(-2))
+    assert learning.turns_told(BrightSide(), upside_down, how) == 0
 
 
 def test_adapting_changes_the_statistics_alone(photos):
