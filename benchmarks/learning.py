@@ -88,10 +88,12 @@ if __name__ == "__main__":
 import itertools
 import json
 import subprocess
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -328,7 +330,9 @@ def turns_told(net: Network, view: PlainView, how: Pass) -> float:
 def linear_accuracy(x: np.ndarray, y: np.ndarray, x_val: np.ndarray, y_val: np.ndarray) -> float:
     """Accuracy on val of scikit-learn's logistic regression on the standardised features of train."""
     scale = StandardScaler().fit(x)
-    model = LogisticRegression(C=0.01, max_iter=STEPS).fit(scale.transform(x), y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # by then accuracy has long stopped changing
+        model = LogisticRegression(C=0.01, max_iter=STEPS).fit(scale.transform(x), y)
     return float((model.predict(scale.transform(x_val)) == y_val).mean())
 
 
