@@ -280,7 +280,7 @@ def possible_precision(precision: str, device: torch.device) -> str:
 
 
 def bits_of(state: dict[str, Any]) -> int | None:
-    """The bits of 16-bit grey pictures that the run of this checkpoint took; None where it had none.
+    """The bits of 16 a sample that the run of this checkpoint took; None where it had none.
 
     Runs from before that was looked at took all 16.
     """
