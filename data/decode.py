@@ -183,7 +183,8 @@ def _to_rgb(image: Image.Image, bits: int) -> np.ndarray:
     elif image.mode.startswith("I"):
         grey = np.clip(np.asarray(image) >> (bits - 8), 0, 255).astype(np.uint8)
     else:
-        return np.array(image.convert("RGB"))
+        image.load()  # or it would be held twice: of RGB too convert makes a copy
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
