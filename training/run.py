@@ -371,8 +371,7 @@ class Run:
         return record
 
     def _keep_epoch(self, again: bool = True) -> None:
-        every = getattr(self.args, "checkpoint_freq", None)
-        path = self.folder.of_epoch(self.epoch - 1, every, self.args.epochs)
+        path = self.folder.of_epoch(self.epoch - 1, vars(self.args).get("checkpoint_freq"), self.args.epochs)
         if path and (again or not distributed.on_main(path.exists)):
             self.save(path)
 
