@@ -9,7 +9,9 @@ the run unless told otherwise. Those that the run clustered keep the cluster tha
 
 Features of an image differ in their last bits between devices, numbers of threads and batches, so that one
 between two centroids could go to either. The run's word stands for an image that it knows by its path and
-that looks the same within that noise (evaluation/clusters.py); a changed one goes where it belongs now.
+that looks the same within that noise (evaluation/clusters.py); a changed one goes where it belongs now. So
+does every image of a DeepCluster-v2 run, which clusters random crops of the epoch before and not the central
+ones that are looked at here: what that run trained on is in EXP/assignments.csv.
 """
 
 import argparse
@@ -211,7 +213,8 @@ def tell(clusters: Clusters, known: np.ndarray, labels: np.ndarray) -> str:
         f"{rows.sum()} are known to the run by their path, {kept} of them are in the cluster that it gave "
         "them"
     )
-    return line + (f", {rows.sum() - kept} are not: they look different now" if kept < rows.sum() else "")
+    why = "they look different now, or the run clustered other crops of them (DeepCluster-v2)"
+    return line + (f", {rows.sum() - kept} are not: {why}" if kept < rows.sum() else "")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def make_folder(folder: Path, pictures: list[Path], description: dict) -> None:
             write_crops(source, beside, description["counts"], description["seed"])
         if folder.exists():
             shutil.rmtree(folder)
-        beside.rename(folder)
+        util.rename(beside, folder)
     except OSError as error:
         raise util.UserError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:

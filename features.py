@@ -6,6 +6,7 @@ And what a run leaves behind for other images: the network of its last clusterin
 points that were clustered (EXP/clustering.pth.tar).
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,12 @@ from models.network import Network
 from util import Progress, UserError, set_precision
 
 PAPER_BATCH = 256  # for checkpoints that do not tell theirs
+# What a clustering.pth.tar has to hold.
+NEEDED = {
+    "state_dict": dict, "layer": str, "transform": dict, "metric": str, "assignment": dict, "paths": list,
+    "args": dict,
+}  # fmt: skip
+HELD = ("float32", "float16")  # what a run may hold its features in
 
 
 @dataclass
@@ -172,8 +179,7 @@ def read_clustering(source: str | Path) -> tuple[Path, dict[str, Any]]:
         folder = str(run.get("dir") or "")
         root = os.path.realpath(folder) if os.path.isabs(folder) else None
         state |= {"layer": "fc7.pre", "metric": "l2", "root": root}
-    needed = ("state_dict", "layer", "transform", "metric", "assignment", "paths", "args")
-    whole = all(state.get(name) for name in needed) and isinstance(state["args"], dict)
+    whole = all(isinstance(state.get(name), kind) and state[name] for name, kind in NEEDED.items())
     if not whole or "optimizer" in state:
         raise UserError(
             f"{path}: holds no clustering that fits its weights; give the folder of a run, in which "
@@ -189,24 +195,40 @@ def check_clustering(state: dict[str, Any], path: Path) -> None:
     if state["metric"] != "l2":
         raise UserError(f"{path}: clustered by {state['metric']}, which this version does not know")
     try:
-        to_points = ToPoints.from_state_dict(state["transform"])
-        labels, centroids = state["assignment"]["labels"], state["assignment"]["centroids"]
-        distances, points = state["assignment"]["distances"], state.get("points")
-        names = [state["layer"], state["root"] or "", *state["paths"]]
-        n, k = len(state["paths"]), state["assignment"]["num_clusters"]
-        fits = labels.shape == distances.shape == (n,) and len(centroids) == k
-        fits = fits and all(isinstance(name, str) for name in names)
-        fits = fits and labels.dtype == torch.int64 and 0 <= labels.min() and labels.max() < k
-        if to_points.pca is not None:
-            matrix, mean = to_points.pca.matrix, to_points.pca.mean
-            fits = fits and mean.shape == matrix.shape[:1] and centroids.shape == (k, matrix.shape[1])
-        if points is not None:
-            fits = fits and points.shape == (n, centroids.shape[1])
-        fits = fits and all(x.dtype == torch.float32 for x in (centroids, distances, points) if x is not None)
+        fits = parts_fit(state)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
         fits = False
     if not fits:
         raise UserError(f"{path}: damaged, its labels, centroids and transform do not fit each other")
+
+
+def parts_fit(state: dict[str, Any]) -> bool:
+    """Whether types and shapes of a clustering are those of one, and its numbers finite.
+
+    Raises what Python and torch do where something is missing or of another kind.
+    """
+    to_points, of_pca = ToPoints.from_state_dict(state["transform"]), state["transform"]["pca"]
+    labels, centroids = state["assignment"]["labels"], state["assignment"]["centroids"]
+    distances, points = state["assignment"]["distances"], state.get("points")
+    coarse = state["assignment"].get("coarse")
+    objective, bits, epoch = state["assignment"]["objective"], state.get("bits"), state.get("epoch", 0)
+    names = [*state["paths"], *(x for x in (state["root"], state["args"].get("precision")) if x is not None)]
+    n, k = len(state["paths"]), state["assignment"]["num_clusters"]
+    fits = labels.shape == distances.shape == (n,) and len(centroids) == k and type(k) is int
+    fits = fits and all(isinstance(name, str) for name in names) and to_points.dtype in HELD
+    fits = fits and labels.dtype == torch.int64 and 0 <= labels.min() and labels.max() < k
+    fits = fits and type(epoch) is int and math.isfinite(objective)
+    fits = fits and (bits is None or (type(bits) is int and 8 <= bits <= FULL_BITS))
+    if to_points.pca is not None:
+        matrix, mean = of_pca["matrix"], of_pca["mean"]
+        fits = fits and mean.shape == matrix.shape[:1] and centroids.shape == (k, matrix.shape[1])
+        fits = fits and all(x.dtype == torch.float64 and x.isfinite().all() for x in (matrix, mean))
+    if points is not None:
+        fits = fits and points.shape == (n, centroids.shape[1])
+    if coarse is not None:
+        fits = fits and coarse.shape[1:] == centroids.shape[1:] and k % len(coarse) == 0
+    numbers = [x for x in (centroids, distances, points, coarse) if x is not None]
+    return bool(fits and all(x.dtype == torch.float32 and x.isfinite().all() for x in numbers))
 
 
 @dataclass
@@ -258,7 +280,7 @@ def possible_precision(precision: str, device: torch.device) -> str:
 
 
 def bits_of(state: dict[str, Any]) -> int | None:
-    """The bits of 16-bit grey pictures that the run of this checkpoint took; None where it had none.
+    """The bits of 16 a sample that the run of this checkpoint took; None where it had none.
 
     Runs from before that was looked at took all 16.
     """

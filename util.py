@@ -6,6 +6,7 @@ torch is imported where it is used, so that `--help` and a bad flag are answered
 import argparse
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
@@ -98,9 +99,13 @@ def explain(error: Exception) -> str | None:
     return next(found, None)
 
 
+LONGEST_LINE = 2000  # characters
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
-    """End the process with one line on stderr."""
-    say(message, sys.stderr)
+    """End the process with one line on stderr; what would break it, in the name of a file, is escaped."""
+    line = re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", lambda c: repr(c[0])[1:-1], message[:LONGEST_LINE])
+    say(line, sys.stderr)
     sys.exit(code)
 
 
@@ -210,22 +215,38 @@ def cpu_has_bf16() -> bool:
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Open a file beside `path`; when the block ends well it is flushed to the disk and renamed to `path`.
 
-    A full disk, a kill or an exception leaves whatever stood at `path` before.
+    A full disk, a kill or an exception leaves whatever stood at `path` before; what a killed one left beside
+    it goes with the next.
     """
     path = Path(path)
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    clear_left_over(path)
     try:
         text = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}  # any file name
         with open(beside, mode, **text) as file:
+            try_lock(file)  # tells others that its process lives
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync_folder(path.parent)
+            rename(beside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def clear_left_over(path: Path) -> None:
+    """Remove the files beside `path` that processes which died were writing: nobody holds them locked."""
+    for left_over in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
+        with contextlib.suppress(OSError), open(left_over, "rb") as file:
+            if try_lock(file):
+                left_over.unlink()
+
+
+def rename(beside: Path, path: Path) -> None:
+    """Give the file or folder the name `path`, so that a power cut does not undo it."""
+    os.replace(beside, path)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -267,7 +288,9 @@ def make_folder(path: str | Path) -> Path:
     except OSError as error:
         raise UserError(f"cannot make the folder {path}: {error.strerror}") from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write into the folder {path}: permission denied")
+        read_only = os.statvfs(path).f_flag & os.ST_RDONLY
+        reason = "it is on a read-only file system" if read_only else "permission denied"
+        raise UserError(f"cannot write into the folder {path}: {reason}")
     return path
 
 

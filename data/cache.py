@@ -17,7 +17,7 @@ import torch
 
 from data.decode import FULL_BITS
 from data.images import ImageList
-from util import UserError, make_folder
+from util import UserError, clear_left_over, make_folder, try_lock
 
 # Part of the file's name, as are the versions of the libraries that make the pixels. To be counted up when
 # data.central_crop gives other pixels.
@@ -120,12 +120,14 @@ class CropCache:
         """
         beside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
         try:
+            clear_left_over(self.path)
             with open(beside, "wb") as file:
+                try_lock(file)
                 os.posix_fallocate(file.fileno(), 0, bytes_needed(len(self), self.shape[-1]))
-            if not self._is_whole():
-                self.path.unlink(missing_ok=True)
-                with contextlib.suppress(FileExistsError):
-                    os.link(beside, self.path)
+                if not self._is_whole():
+                    self.path.unlink(missing_ok=True)
+                    with contextlib.suppress(FileExistsError):
+                        os.link(beside, self.path)
         except OSError as error:
             raise UserError(f"cannot write the crop cache {self.path}: {error.strerror}") from error
         finally:

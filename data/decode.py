@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import sys
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +21,8 @@ except ImportError:  # without it Pillow decodes everything: the same pixels, a 
 
 # Photographs whose shorter side reaches this may be decoded at half their size or less, on request.
 LARGE_SIDE = 1024
+
+LARGEST_FILE = 2**30  # bytes; Pillow's limit is near 2**28 pixels
 
 FULL_BITS = 16  # of a sample, in pictures of more than 8; ImageList.bits tells where fewer are used
 
@@ -62,7 +66,7 @@ class ImageError(UserError):
 def decode_file(path: str | Path, scaled: bool = False) -> torch.Tensor:
     """Decode an image file to (3, H, W) uint8 RGB, upright by its EXIF orientation, laid out as (H, W, 3).
 
-    Any mode: alpha is dropped, of 16-bit grey the upper 8 bits are taken, of an animation the first frame.
+    Any mode: alpha is dropped, of 16 bits a sample the upper 8 are taken, of an animation the first frame.
     Raises ImageError for a file that is no image, is truncated, or holds more pixels than Pillow's
     limit against decompression bombs (2 * Image.MAX_IMAGE_PIXELS).
 
@@ -76,10 +80,11 @@ def decode_file(path: str | Path, scaled: bool = False) -> torch.Tensor:
 
 
 def read_file(path: str | Path) -> bytes:
-    """A file's bytes, in the fewest calls to the system."""
+    """A file's bytes, in the fewest calls to the system. Raises ValueError for more than LARGEST_FILE."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(descriptor).st_size
+        check_size(size)
         content = os.read(descriptor, size)
         while len(content) < size and (more := os.read(descriptor, size - len(content))):
             content += more
@@ -88,8 +93,14 @@ def read_file(path: str | Path) -> bytes:
         os.close(descriptor)
 
 
+def check_size(size: int) -> None:
+    """Raise ValueError for so many bytes of a file where no image has as many."""
+    if size > LARGEST_FILE:
+        raise ValueError(f"the file has {size} bytes, more than an image that Pillow's limit lets in")
+
+
 def decode_bytes(content: bytes, scaled: bool, bits: int = FULL_BITS) -> torch.Tensor:
-    """`decode_file` of a file's content; of 16-bit grey that uses so many bits the upper 8 of those."""
+    """`decode_file` of a file's content; of 16 bits a sample with so many in use the upper 8 of those."""
     if not content:
         raise ValueError(EMPTY)
     pixels = _decode_jpeg(content, scaled)
@@ -154,7 +165,8 @@ def _has_app1(jpeg: bytes) -> bool:
 def _decode_by_pillow(content: bytes, bits: int) -> np.ndarray:
     """(H, W, 3) uint8 of any image; the first frame of an animation."""
     image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header; refuses bombs
-    pixels = _to_rgb(image, bits)
+    low = low_bytes(image, io.BytesIO(content)) if bits < FULL_BITS else None
+    pixels = _to_rgb(image, bits) if low is None else upper_bits(np.asarray(image), np.asarray(low), bits)
     # The tag is read after the pixels: Pillow turns TIFF files itself while loading and then drops the tag.
     return _upright(pixels, _orientation(image))
 
@@ -171,8 +183,34 @@ def _to_rgb(image: Image.Image, bits: int) -> np.ndarray:
     elif image.mode.startswith("I"):
         grey = np.clip(np.asarray(image) >> (bits - 8), 0, 255).astype(np.uint8)
     else:
-        return np.array(image.convert("RGB"))
+        image.load()  # or it would be held twice: of RGB too convert makes a copy
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def low_bytes(image: Image.Image, file: BinaryIO) -> Image.Image | None:
+    """Of a colour picture of 16 bits a sample, whose upper bytes Pillow keeps: the picture of the lower.
+
+    image: as opened, not loaded; file: the same file again. Read in the wrong order of bytes Pillow keeps
+    the others. None for any other picture.
+    """
+    raw = {tile[3] if isinstance(tile[3], str) else (tile[3] or [None])[0] for tile in image.tile}
+    if len(raw) != 1 or not (found := re.fullmatch("(RGB[AX]?;16)([BLN])", str(*raw))):
+        return None
+    order = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}[found[2]]
+    low = Image.open(file, formats=FORMATS)
+    for i, tile in enumerate(low.tile):
+        args = found[1] + order if isinstance(tile[3], str) else (found[1] + order, *tile[3][1:])
+        low.tile[i] = type(tile)(*tile[:3], args) if hasattr(tile, "_fields") else (*tile[:3], args)
+    return low
+
+
+def upper_bits(high: np.ndarray, low: np.ndarray, bits: int) -> np.ndarray:
+    """(H, W, 3) uint8: the upper 8 of so many bits of colours in two bytes each, both (H, W, 3 or more)."""
+    high, low = high[..., :3], low[..., :3]
+    values = (high << (FULL_BITS - bits)) | (low >> (bits - 8))  # bytes: what is above them falls off
+    values[high >> (bits - 8) > 0] = 255
+    return values
 
 
 def _orientation(image: Image.Image) -> int:

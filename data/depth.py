@@ -1,9 +1,9 @@
-"""Which value is white in grey pictures of 16 bits: those of microscopes and of medicine often use 12."""
+"""Which value is white in pictures of 16 bits a sample: those of microscopes and of medicine often use 12."""
 
 from PIL import Image
 
 import distributed
-from data.decode import FORMATS, FULL_BITS
+from data.decode import FORMATS, FULL_BITS, low_bytes
 from data.images import ImageList
 from util import Log
 
@@ -13,14 +13,16 @@ FULL_RANGE = ("PPM", "JPEG2000")  # Pillow stretches them to 16 bits, by what th
 
 
 def find_bits(images: ImageList, log: Log | None = None) -> None:
-    """Set images.bits, which the 16-bit grey pictures of the data set use, and say it where they are fewer.
+    """Set images.bits, which the pictures of 16 bits a sample use, and say it where they are fewer.
 
     What the files say, else their largest value rounded up to a power of two, in a sample of the files; None
     where there is no such picture.
     """
     images.bits = distributed.on_main(_largest_of_sample, images)
     if images.bits is not None and images.bits < FULL_BITS and log is not None:
-        log(f"grey pictures of 16 bits use {images.bits} of them: {2**images.bits - 1} is taken for white")
+        log(
+            f"pictures of 16 bits a sample use {images.bits} of them: {2**images.bits - 1} is taken for white"
+        )
 
 
 def _largest_of_sample(images: ImageList) -> int | None:
@@ -34,6 +36,13 @@ def _bits_of(images: ImageList, i: int) -> int | None:
     try:
         with images.open(i) as file:
             image = Image.open(file, formats=FORMATS)
+            with images.open(i) as again:
+                low = low_bytes(image, again)
+                if low is not None:
+                    high = max(most for _, most in image.getextrema()[:3])
+                    largest = high << 8 or max(most for _, most in low.getextrema()[:3])
+            if low is not None:
+                return bits_for(largest)
             if not image.mode.startswith("I"):
                 return None
             if image.format in FULL_RANGE:
@@ -42,4 +51,9 @@ def _bits_of(images: ImageList, i: int) -> int | None:
             largest = 2**told - 1 if told < FULL_BITS else int(image.getextrema()[1])
     except Exception:  # whoever decodes it tells why
         return None
+    return bits_for(largest)
+
+
+def bits_for(largest: int) -> int | None:
+    """8 to 16 for the largest value of a picture; None for a black one."""
     return min(max(largest.bit_length(), 8), FULL_BITS) if largest > 0 else None

@@ -46,7 +46,7 @@ class ImageList:
     root: folder the paths start from; paths: N relative paths; classes: (N,) int64 ids into class_names, or
     None where the folder has none. Classes serve logs and evaluations; DeepCluster never trains on them.
     scaled, False unless set: decode large photographs at a fraction of their size (see `decode_file`). bits:
-    that 16-bit grey pictures use (data/depth.py), None: all. name: what the user calls it. files: what the
+    that pictures of 16 a sample use (data/depth.py), None: all. name: what the user calls it. files: what the
     list was read from, besides the images: a text file or shards. skipped: paths of images that were left out
     (`drop`). notes: lines on what was passed over when it was listed.
     """

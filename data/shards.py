@@ -24,13 +24,15 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data.decode import EXTENSIONS
+from data.decode import EXTENSIONS, check_size
 from data.images import ImageList, classes_of
 from util import UserError
 
 PATHS_MEMBER = "__paths__"
 
 CLASS_BYTES = 255  # of a class's name
+PATHS_BYTES = 2**26  # of PATHS_MEMBER: of half a million images
+HEADER_BYTES = 2**20  # of the header of a member, with long names and the like
 BLOCK = 512  # bytes; a tar file is made of such blocks
 COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
 
@@ -71,6 +73,7 @@ class ShardList(ImageList):
     def read(self, i: int) -> bytes:
         """The bytes of image i."""
         shard, offset, size = self.where[i].tolist()
+        check_size(size)
         handle = _handle(self.shards[shard])  # held until the bytes are there
         return os.pread(handle.fd, size, offset)
 
@@ -247,6 +250,8 @@ def _index(shard: str, split: Callable[[str], tuple[str | None, str | None]]) ->
         name = name.removeprefix("./")
         key, ending = split(name)
         if name == PATHS_MEMBER:
+            if size > PATHS_BYTES:
+                raise UserError(f"{shard}: its {PATHS_MEMBER} has {size} bytes; write smaller shards")
             own_paths = _read_paths(shard, os.pread(handle.fd, size, offset))
         elif key is None or name.startswith("__") or os.path.basename(name).startswith("."):
             continue  # of webdataset itself, or hidden
@@ -318,7 +323,7 @@ def _members(shard: str, fd: int) -> Iterator[tuple[str, int, int]]:
     with open(shard, "rb") as file:
         end = 0
         try:
-            with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+            with tarfile.open(fileobj=_Headers(file), mode="r:", errors="surrogateescape") as tar:
                 for member in tar:
                     end = member.offset_data + _padded(member.size if member.isreg() else 0)
                     if member.size < 0 or end > length:
@@ -338,6 +343,18 @@ def _members(shard: str, fd: int) -> Iterator[tuple[str, int, int]]:
             raise UserError(f"{shard} is no tar file, or is damaged after {end} bytes: {reason}") from error
     if end + BLOCK > length or os.pread(fd, BLOCK, end).strip(b"\0"):
         raise UserError(f"{shard} is truncated or damaged after {end} bytes")
+
+
+class _Headers:
+    """A tar file of which headers alone are read: tarfile takes their word for how large they are."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if size > HEADER_BYTES:
+            raise ValueError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 def _padded(size: int) -> int:

@@ -50,7 +50,7 @@ def open_images(
 
     Of several processes the first one looks. Files that are no images stop here with a UserError, and
     bad_list, a file, names them all; with skip_bad they are left out, as are folders that cannot be read.
-    all_splits: DIR may hold train/ and val/. bits: of 16-bit grey, as a run has found them; None: these
+    all_splits: DIR may hold train/ and val/. bits: of 16 bits a sample, as a run has found them; None: these
     images tell. The log is told what was passed over. enough(images) may refuse
     to go on: it is asked before anything is read, and again if images were left out.
     """

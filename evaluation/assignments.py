@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from data import classes_of
-from evaluation.labelled import SPLITS, Labels
+from evaluation.labelled import LONGEST_PATH, SPLITS, Labels
 from util import UserError
+
+MOST_CLUSTERS = 10**7  # a table has an entry each
 
 
 @dataclass
 class Clustered:
     """Images with the cluster that each head gives them, and with their classes.
 
-    labels: (H, N) int64; classes: (N,) names. Rows are in the order of the file, those without a class left
-    out (how many: without).
+    labels: (H, N) int64; classes: (N,) names, as objects, so that a long one takes no room in all rows. Rows
+    are in the order of the file, those without a class left out (how many: without).
     """
 
     labels: np.ndarray
@@ -46,12 +48,14 @@ def read_heads(file: str | Path) -> tuple[list[str], np.ndarray]:
             for row in filter(None, reader):
                 line = reader.line_num
                 ids = [int(row[i]) for i in heads]
-                if min(ids) < 0:
+                if min(ids) < 0 or max(ids) >= MOST_CLUSTERS or len(row[0]) > LONGEST_PATH:
                     raise ValueError
                 paths.append(row[0])
                 found.append(ids)
     except (IndexError, ValueError):
-        raise UserError(f"{file}, line {line}: expected {','.join(header)}, clusters from 0") from None
+        raise UserError(
+            f"{file}, line {line}: expected {','.join(header)[:80]}, clusters from 0 to {MOST_CLUSTERS - 1}"
+        ) from None
     except (OSError, csv.Error) as error:
         raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
     if not paths:
@@ -64,7 +68,7 @@ def by_folder(file: str, paths: Sequence[str], labels: np.ndarray, split: str) -
 
     Raises UserError where the paths have no class sub-folders.
     """
-    first = np.array([path.split("/", 1)[0] for path in paths])
+    first = np.array([path.split("/", 1)[0] for path in paths], dtype=object)
     splits = dict.fromkeys([split], np.ones(len(paths), bool))
     if set(first) <= set(SPLITS):
         splits = {name: first == name for name in SPLITS if name in first}
@@ -74,7 +78,7 @@ def by_folder(file: str, paths: Sequence[str], labels: np.ndarray, split: str) -
         ids, names = np.zeros(len(paths), np.int64), [paths[0].split("/", 1)[0]]
     if ids is None:
         raise UserError(f"{file}: its paths have no class sub-folders (expected two or more); give --labels")
-    classes = np.array(names)[ids]
+    classes = np.array(names, dtype=object)[ids]
     return {name: Clustered(labels[:, rows], classes[rows]) for name, rows in splits.items()}
 
 
@@ -93,7 +97,7 @@ def by_file(
     known = rows >= 0
     if not known.any():
         raise UserError(f"{told.file} names none of the {len(paths)} images in {file}, e.g. {paths[0]}")
-    classes = np.array(told.labels)[rows[known]]
+    classes = np.array(told.labels, dtype=object)[rows[known]]
     splits = np.array(told.splits)[rows[known]] if told.splits else np.full(known.sum(), split)
     found = {
         name: Clustered(labels[:, known][:, splits == name], classes[splits == name])

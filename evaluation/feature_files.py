@@ -40,9 +40,13 @@ def open_rows(file: str, paths: list[str], split: str, labels: Labels | None) ->
     Raises UserError for a file of another form and for paths that tell no class.
     """
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{file}: not a .npy file that can be read ({error})") from error
+        with open(file, "rb") as start:
+            if np.lib.format.read_magic(start) != (1, 0):  # later ones may announce a header of 4 GiB
+                raise ValueError("of a version that extract.py does not write")
+        array = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # what numpy makes of a damaged or foreign header is nearly any of them
+        reason = (str(error).splitlines() or [""])[0][:100] or type(error).__name__
+        raise UserError(f"{file}: not a .npy file that can be read ({reason})") from error
     if array.ndim != 2 or array.dtype not in (np.float16, np.float32) or 0 in array.shape:
         raise UserError(f"{file}: holds {array.dtype} {array.shape}, expected rows of float32 or float16")
     if len(array) != len(paths):

@@ -19,6 +19,7 @@ from data.scan import scan
 from util import Log, UserError, derive_seed
 
 SPLITS = ("train", "val")
+LONGEST_PATH, LONGEST_LABEL = 4096, 255  # characters; no file system has longer ones
 COLUMNS = ["path", "label", "split"]  # of a file of labels; the last one may be missing
 
 # ---------------------------------------------------------------------------------------- a file of labels
@@ -85,6 +86,8 @@ def read_labels(file: str | Path, folder: str | Path) -> Labels:
             found.splits = [] if len(row) == len(COLUMNS) else None
             continue
         path, label, split = inside(row[0], roots), row[1].strip(), row[2].strip() if len(row) > 2 else None
+        if len(path) > LONGEST_PATH or len(label) > LONGEST_LABEL:
+            raise UserError(f"{file}, line {number}: {row[0][:80]} or its label is too long")
         if not label:
             raise UserError(f"{file}, line {number}: {row[0]} has no label")
         if split is not None and split not in SPLITS:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
-from util import UserError, make_folder, sync_folder, try_lock, write_json
+from util import UserError, make_folder, rename, try_lock, write_json
 
 SYNC_SECONDS = 20.0
 CHUNK = 2**24  # bytes that are read at a time to check them
@@ -141,8 +141,7 @@ class Store:
         part = self.complete()
         if index is not None:
             write_index(index, {"settings": self.settings, **self.good._asdict(), **more})
-        os.replace(part, self.path)
-        sync_folder(self.path.parent)
+        rename(part, self.path)
         self.remove()
 
     def remove(self) -> None:

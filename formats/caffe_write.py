@@ -29,7 +29,6 @@ def get_parser() -> Parser:
 if __name__ == "__main__":
     ARGS = get_parser().parse_args()  # before the imports that take seconds
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +43,7 @@ from formats.caffe_format import messages, preprocessing, refuse_other_networks
 from formats.caffe_read import read_network
 from models import weights
 from models.network import Network
-from util import UserError, atomic_write, make_folder, run_main
+from util import UserError, atomic_write, make_folder, rename, run_main
 
 TOLERANCE = 1e-3  # largest difference, relative to the largest activation, that a written pair may show
 PROTOTXT, CAFFEMODEL = "model.prototxt", "model.caffemodel"
@@ -201,7 +200,7 @@ def write_network(
                 f"the Caffe files differ from PyTorch by {differences[worst]:.1e} at {worst}; not kept"
             )
         for path in (prototxt, caffemodel):
-            os.replace(path, folder / path.name)
+            rename(path, folder / path.name)
     return differences
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data import ImageList
-from util import UserError, try_lock
+from util import UserError, rename, try_lock
 
 LONGEST_NAME = 255  # bytes of a file name
 
@@ -71,7 +71,7 @@ def folder_beside(out: Path) -> Iterator[Path]:
     with locked(beside):
         try:
             yield beside
-            os.replace(beside, out)
+            rename(beside, out)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 

@@ -58,7 +58,7 @@ from torch import nn
 import data
 from models import weights
 from models.network import Network
-from util import UserError, make_folder, run_main
+from util import UserError, clear_left_over, make_folder, rename, run_main, try_lock
 
 TOLERANCE = 1e-4  # largest difference from PyTorch, relative to the largest activation
 
@@ -109,12 +109,15 @@ def export(
     make_folder(path.parent)
     model = WithPreprocessing(net, layer, bgr).eval()
     beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    clear_left_over(path)
     try:
-        _write(model, beside, layer, image_size, opset)
-        difference = compare(net, beside, layer, bgr, image_size)
-        if not difference <= TOLERANCE:
-            raise UserError(f"{path}: onnxruntime differs from PyTorch by {difference:.1e}; not kept")
-        os.replace(beside, path)
+        with open(beside, "wb") as held:
+            try_lock(held)
+            _write(model, beside, layer, image_size, opset)
+            difference = compare(net, beside, layer, bgr, image_size)
+            if not difference <= TOLERANCE:
+                raise UserError(f"{path}: onnxruntime differs from PyTorch by {difference:.1e}; not kept")
+            rename(beside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:

@@ -34,7 +34,7 @@ import numpy as np
 
 from formats import safe_pickle
 from formats.safe_pickle import Array, text
-from util import UserError, atomic_write, run_main, say
+from util import UserError, atomic_write, rename, run_main, say
 
 SHOWN = 5  # lines of a file that are printed
 PROTO_2 = pickle.PROTO + b"\x02"
@@ -253,7 +253,7 @@ class FeaturesPickle:
         self.file.write(pickle.STOP)
         self.sync()
         self.file.close()
-        os.replace(self.part, self.path)
+        rename(self.part, self.path)
 
     def __enter__(self) -> "FeaturesPickle":
         return self

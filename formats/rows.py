@@ -3,7 +3,6 @@
 All are made of a complete evaluation.store.Store, in constant memory, and appear when they are complete.
 """
 
-import glob
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from evaluation.store import Store
 from formats.released import FeaturesPickle
-from util import UserError, atomic_write
+from util import UserError, atomic_write, clear_left_over
 
 ENDINGS = {"npy": ".npy", "parquet": ".parquet", "pickle": ".pkl"}
 GROUP_BYTES = 8 * 2**20  # of rows that are taken at a time: a row group of a Parquet file
@@ -69,8 +68,7 @@ class Files:
     def clear_left_over(self) -> None:
         """Remove temporary files of calls that were killed."""
         for path in self.written():
-            for left_over in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
-                left_over.unlink(missing_ok=True)
+            clear_left_over(path)
 
 
 def to_npy(store: Store, path: Path, names: Iterable[str], _: dict[str, Any]) -> None:

@@ -62,7 +62,7 @@ def _resnet(
         sobel=sobel,
     )
     convolutions, _ = net.parts()
-    initialise(convolutions.to_empty(device="cpu"), seed)
+    initialise(convolutions.to_empty(device=torch.empty(0).device), seed)  # the default one
     return net
 
 

@@ -4,6 +4,7 @@ Nothing here trusts a file's own word where its parameters tell: Sobel is seen f
 number of clusters from `top_layer.bias`, the architecture from names and shapes.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -62,6 +63,9 @@ def model_weights(state: dict[str, Any], path: str | Path) -> tuple[str, dict[st
 
 def guess_arch(weights: dict[str, torch.Tensor]) -> str | None:
     """The architecture that has these parameters; None if there is none."""
+    first = next((weights[name] for name in ("features.0.weight", "conv1.weight") if name in weights), None)
+    if first is None or first.ndim != 4:
+        return None
     if "features.0.weight" in weights:
         if weights["features.0.weight"].shape[1:] == (3, 5, 5):
             return "vgg16folded"
@@ -71,7 +75,8 @@ def guess_arch(weights: dict[str, torch.Tensor]) -> str | None:
     stem = weights["conv1.weight"].shape
     if "layer1.0.conv3.weight" in weights:
         width = stem[0] // 64
-        return "resnet50" if width == 1 else f"resnet50w{width}"
+        wide = "resnet50" if width == 1 else f"resnet50w{width}"
+        return wide if wide in models.ARCHITECTURES else None
     return "resnet18s" if stem[-1] == 3 else "resnet18"
 
 
@@ -81,13 +86,25 @@ def build_from(state: dict[str, Any], path: str | Path) -> Network:
     A file without a head gives a network without one.
     """
     arch, weights = model_weights(state, path)
-    head = weights.get("top_layer.bias")
-    net = models.build(arch, has_sobel(weights), None if head is None else head.numel(), seed=0)
-    if any(name.startswith("projection_head.") for name in weights):
-        net.set_embedding(*embedding_of(weights), seed=0)
+    # First without memory: a small file may ask for a network that does not fit into any.
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):
+        refuse_unfit(net_for(arch, weights, path), weights, path)
+    net = net_for(arch, weights, path)
     load_weights(net, weights, path)
     net.inputs = inputs_of(state, weights, path)
     return net.eval()
+
+
+def net_for(arch: str, weights: dict[str, torch.Tensor], path: str | Path) -> Network:
+    """A network of arch with the Sobel, head or embedding of these parameters, not with their values."""
+    try:
+        head = weights.get("top_layer.bias")
+        net = models.build(arch, has_sobel(weights), None if head is None else head.numel(), seed=0)
+        if any(name.startswith("projection_head.") for name in weights):
+            net.set_embedding(*embedding_of(weights), seed=0)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: its projection head or prototypes are not those of {arch}") from error
+    return net
 
 
 def has_sobel(weights: dict[str, torch.Tensor]) -> bool:
@@ -109,7 +126,13 @@ def embedding_of(weights: dict[str, torch.Tensor]) -> tuple[int, int, int | list
 
 
 def load_weights(net: Network, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Copy weights into net; everything must fit, except that `num_batches_tracked` and Sobel may lack."""
+    """Copy weights into net; everything must fit, as refuse_unfit says."""
+    refuse_unfit(net, weights, path)
+    net.load_state_dict(weights, strict=False)
+
+
+def refuse_unfit(net: Network, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """UserError unless weights fit net, except that `num_batches_tracked` and Sobel may lack."""
     own = net.state_dict()
     fixed = ("num_batches_tracked", *(name for name in own if name.startswith("sobel.")))
     missing = [name for name in own if name not in weights and not name.endswith(fixed)]
@@ -122,7 +145,6 @@ def load_weights(net: Network, weights: dict[str, torch.Tensor], path: str | Pat
             raise UserError(
                 f"{path}: {name} is {tuple(value.shape)} in the file, {tuple(own[name].shape)} in {net.arch}"
             )
-    net.load_state_dict(weights, strict=False)
 
 
 def refuse_not_finite(net: Network, path: str | Path) -> None:

@@ -113,6 +113,10 @@ def test_mistakes_are_named(tmp_path):
     file.write_text("path,cluster,distance\na/1,0,0.5\na/2,x,0.5\n")
     with refuses("line 3: expected path,cluster,distance, clusters from 0"):
         judged(tmp_path)
+    for odd in (10**7, 2**63, 10**4000, -1):
+        file.write_text(f"path,cluster,distance\na/1,0,0.5\nb/2,{odd},0.5\n")
+        with refuses("line 3: expected path,cluster,distance, clusters from 0 to 9999999"):
+            judged(tmp_path)
     write_csv(file, ["1.png", "2.png"], [0, 1])
     with refuses("no class sub-folders .* give --labels"):
         judged(tmp_path)

@@ -15,6 +15,7 @@ import checkpoint
 import eval_knn
 import extract
 import models
+from evaluation.feature_files import open_rows
 from tests.helpers import refuses
 
 COLOURS = {"blue": (20, 40, 230), "green": (30, 220, 40), "red": (230, 30, 20)}
@@ -122,6 +123,30 @@ def test_files_of_extract_give_what_the_network_gives(evaluate, folder, model, t
     written = json.loads((tmp_path / "files" / "results.json").read_text())["knn"]["protocol"]
     assert (written["train images"], written["val images"], written["classes"]) == (17, 12, 2)
     assert found["knn"]["1"] == 1.0
+
+
+HEADERS = {
+    "negative": "(-1, 40)", "of 10^30": f"({10**30}, 40)", "2^63": f"({2**63}, 1)",
+    "of a bool": "(True, 40)", "open": "(24, 40", "deep": "(" * 300, "list": "[24, 40]", "none": "None",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", HEADERS)
+def test_a_header_of_no_file_of_features_is_one_line(tmp_path, shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {HEADERS[shape]}, }}\n".encode()
+    (tmp_path / "x.npy").write_bytes(
+        b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(4000)
+    )
+    with refuses("x.npy: not a .npy file that can be read"):
+        open_rows(str(tmp_path / "x.npy"), ["a/1", "b/2"], "train", None)
+
+
+def test_an_archive_and_a_header_of_4_gib_are_no_file_of_features(tmp_path):
+    np.savez(tmp_path / "x", a=np.zeros((2, 3), np.float32))
+    (tmp_path / "y.npy").write_bytes(b"\x93NUMPY\x02\x00\xff\xff\xff\xff{}")
+    for name in ("x.npz", "y.npy"):
+        with refuses(f"{name}: not a .npy file that can be read"):
+            open_rows(str(tmp_path / name), ["a/1", "b/2"], "train", None)
 
 
 def test_mistakes_in_files_of_features_are_named(evaluate, tmp_path):

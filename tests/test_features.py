@@ -1,5 +1,7 @@
 """The one pass from images to activations, against the plain forward in float64."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -263,6 +265,29 @@ def test_a_file_of_the_first_version_has_the_keys_of_today(state, tmp_path):
 )
 def test_parts_that_do_not_fit_each_other_are_told_in_one_line(state, tmp_path, change, message):
     checkpoint.save(tmp_path / "clustering.pth.tar", state | change)
+    with refuses(f"clustering.pth.tar: {message}"):
+        features.read_clustering(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["transform"]["pca"].update(matrix=s["transform"]["pca"]["matrix"].half()), "damaged"),
+        (lambda s: s["transform"]["pca"]["mean"].fill_(math.nan), "damaged"),
+        (lambda s: s["assignment"]["centroids"].fill_(math.inf), "damaged"),
+        (lambda s: s["assignment"]["distances"].fill_(math.nan), "damaged"),
+        (lambda s: s["assignment"].update(coarse=torch.zeros(2, 3)), "damaged"),
+        (lambda s: s["args"].update(precision=["bf16"]), "damaged"),
+        (lambda s: s["transform"].update(dtype={1: 2}), "damaged"),
+        (lambda s: s.update(root={}), "damaged"),
+        (lambda s: s.update(bits=99), "damaged"),
+        (lambda s: s.update(transform=torch.zeros(3)), "holds no clustering"),
+    ],
+)
+def test_what_a_file_says_is_of_the_kind_that_runs_write(finished, tmp_path, change, message):
+    state = checkpoint.read(finished / "clustering.pth.tar")
+    change(state)
+    checkpoint.save(tmp_path / "clustering.pth.tar", state)
     with refuses(f"clustering.pth.tar: {message}"):
         features.read_clustering(tmp_path)
 

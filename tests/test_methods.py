@@ -229,3 +229,13 @@ def test_another_batch_is_refused(finished, images, tmp_path):
     exp = shutil.copytree(finished["swav"], tmp_path / "exp")
     with pytest.raises(UserError, match="was run with global batches of 16, not of 8; give --batch_size 16"):
         train("swav", images, exp, "--batch_size", 8, "--resume", "auto", epochs=4)
+
+
+def test_killed_before_the_checkpoint_of_an_epoch_was_kept_it_is_kept_later(finished, images, tmp_path):
+    shutil.copytree(finished["deepercluster"], tmp_path / "exp")
+    kept = tmp_path / "exp" / "checkpoints" / "ckp-2.pth.tar"
+    before = checkpoint.read(kept)
+    kept.unlink()
+    train("deepercluster", images, tmp_path / "exp", "--resume", "auto")
+    after = checkpoint.read(kept)
+    assert all(equal(before[name], after[name]) for name in ("epoch", "iteration", "state_dict", "parts"))

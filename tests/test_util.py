@@ -44,6 +44,46 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         pass
 
 
+def test_what_a_killed_process_was_writing_goes_and_what_a_living_one_writes_stays(tmp_path):
+    path = tmp_path / "a[1].txt"
+    for name in ("a[1].txt.tmp-7", "a[1].txt.tmp-8", "a1.txt.tmp-9"):
+        (tmp_path / name).write_text("half")
+    with open(tmp_path / "a[1].txt.tmp-8") as held:
+        assert util.try_lock(held)
+        with util.atomic_write(path) as file:
+            file.write("new")
+            util.clear_left_over(path)  # as another process would
+    assert sorted(os.listdir(tmp_path)) == ["a1.txt.tmp-9", "a[1].txt", "a[1].txt.tmp-8"]
+
+
+def test_a_rename_is_made_to_last_by_its_folder(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(util, "sync_folder", done.append)
+    (tmp_path / "b").write_text("b")
+    util.rename(tmp_path / "b", tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "b" and done == [tmp_path]
+
+
+def test_a_read_only_file_system_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with refuses("permission denied"):
+        util.make_folder(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: argparse.Namespace(f_flag=os.ST_RDONLY))
+    with refuses("it is on a read-only file system"):
+        util.make_folder(tmp_path)
+
+
+def test_the_last_line_is_one_whatever_a_file_is_called(capsys):
+    with pytest.raises(SystemExit):
+        util.fail("a\nb\x1b[2J\u2028\x85 ü.jpg " + "c" * 10**6)
+    line = capsys.readouterr().err
+    assert (
+        line.startswith("a\\nb\\x1b[2J\\u2028\\x85 ü.jpg ccc")
+        and len(line.splitlines()) == 1
+        and len(line) < 3000
+    )
+
+
 def test_progress_says_how_much_how_fast_and_how_long_still(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(util.time, "monotonic", lambda: now[0])

@@ -12,7 +12,7 @@ from typing import IO
 
 from data import scan
 from training import schema
-from util import Log, UserError, make_folder, try_lock
+from util import Log, UserError, make_folder, rename, try_lock
 
 AUTO = "auto"
 REPLACED = ".replaced"  # what the name of a checkpoint ends in that another past of the run has made
@@ -36,8 +36,10 @@ class Folder:
         make_folder(self.path / "checkpoints")
         return self.path / "checkpoints" / f"{self.last.name.split('.')[0]}_{n}.pth.tar"
 
-    def of_epoch(self, epoch: int) -> Path:
-        """The checkpoint that is kept after an epoch; its folder is there."""
+    def of_epoch(self, epoch: int, every: int | None, epochs: int) -> Path | None:
+        """The checkpoint that is kept after an epoch, one of `every` or the last; None where none is."""
+        if not every or not (epoch % every == 0 or epoch + 1 == epochs):
+            return None
         make_folder(self.path / "checkpoints")
         return self.path / "checkpoints" / f"ckp-{epoch}.pth.tar"
 
@@ -126,7 +128,7 @@ class Folder:
             except UserError:
                 continue
             if beyond:
-                os.replace(path, path.with_name(path.name + REPLACED))
+                rename(path, path.with_name(path.name + REPLACED))
                 log(f"note: {path.name} is beyond the checkpoint that is resumed: renamed to *{REPLACED}")
 
 

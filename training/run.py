@@ -107,8 +107,8 @@ class Run:
         self.batch = getattr(args, "batch", None) or args.batch_size * ranks
         if self.batch < ranks:
             raise UserError(f"--batch {self.batch}: is of all {ranks} processes together")
-        sides = [args.image_size] if hasattr(args, "image_size") else args.size_crops
-        machine.check_shared_memory(args.workers, -(-self.batch // ranks), max(sides))
+        side = max([args.image_size] if hasattr(args, "image_size") else args.size_crops)
+        machine.check_shared_memory(args.workers, -(-self.batch // ranks), side)
         if getattr(args, "compile", False):
             machine.check_compiler(self.device)
 
@@ -192,6 +192,8 @@ class Run:
 
     def epochs(self, last: int) -> Iterator[int]:
         """The epochs from where the run stands to `last`; each has to end with finish_epoch."""
+        if self.resumed and self.epoch > 0 and self.position == 0:  # it may have been killed before this
+            self._keep_epoch(again=False)
         if self.epoch >= last:
             self.log(f"nothing to do: this run has its {self.epoch} epochs; ask for more with --epochs")
         while self.epoch < last:
@@ -273,7 +275,7 @@ class Run:
                     self._stop()
             if not self.sync_bn:  # the first rank's running statistics are the network's
                 distributed.broadcast_tensors(net.buffers())
-            if self._asked():  # in the last step, after that had asked
+            if self.signals.on_any_rank():  # in the last step, after that had asked
                 self._stop()
         progress.close(f"loss {self.meter.avg:.4f}")
         self.record["seconds"]["train"] = progress.seconds
@@ -335,11 +337,6 @@ class Run:
         self.iteration += 1
         return self.seed("step", self.iteration)
 
-    def _asked(self) -> bool:
-        """Whether a signal has come to any rank; to be asked on all of them."""
-        asked = torch.tensor([float(self.signals.asked is not None)])
-        return distributed.all_reduce(asked).item() > 0
-
     def _stop(self) -> None:
         """End the run after this step, as a signal asked for; on every rank."""
         self.save(self.folder.last)
@@ -366,14 +363,17 @@ class Run:
         with self.signals.held():
             if distributed.is_main():
                 logs.append_line(self.lines, record)
-            if save or self._asked():
+            if save or self.signals.on_any_rank():
                 self.save(self.folder.last)
-            every = getattr(self.args, "checkpoint_freq", None)
-            if every and ((self.epoch - 1) % every == 0 or self.epoch == self.args.epochs):
-                self.save(self.folder.of_epoch(self.epoch - 1))
+            self._keep_epoch()
         if self.board is not None:
             logs.to_tensorboard(self.board, record)
         return record
+
+    def _keep_epoch(self, again: bool = True) -> None:
+        path = self.folder.of_epoch(self.epoch - 1, vars(self.args).get("checkpoint_freq"), self.args.epochs)
+        if path and (again or not distributed.on_main(path.exists)):
+            self.save(path)
 
     def save(self, path: Path) -> None:
         """Everything from which the run goes on exactly; `epoch` is the one to go on with."""

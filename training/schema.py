@@ -17,6 +17,7 @@ from util import UserError
 
 PLAIN = (str, int, float, bool, type(None))
 LARGEST = 2**53  # of a counter
+DEEPEST = 20  # of a nest of tables and lists
 # What a clustering says of itself, tensors and the rest: algorithms and networks know the sizes.
 ASSIGNMENT = {"labels": (torch.int64, 1), "distances": (torch.float32, 1), "centroids": (torch.float32, 2)}
 
@@ -112,16 +113,21 @@ def check_values(name: str, value: Any) -> None:
             require(isinstance(leaf, PLAIN), f"{path} is {shown(leaf)}")
 
 
-def leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(path, value) of everything in a nest of dicts and lists that is none."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from leaves(f"{name}.{key}", inner)
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from leaves(f"{name}.{i}", inner)
-    else:
+def leaves(name: str, value: Any, met: dict[int, Any] | None = None, depth: int = 0) -> Iterator:
+    """(path, value) of everything in a nest of dicts and lists that is none.
+
+    Each of these once (met: by their ids), as a small file may hold one in itself, or twice in each of 60
+    that hold each other. Raises Wrong for a nest deeper than any of ours.
+    """
+    if not isinstance(value, dict | list | tuple):
         yield name, value
+        return
+    met = {} if met is None else met
+    require(depth < DEEPEST, f"{name[:80]} is nested too deep")
+    if id(value) not in met:
+        met[id(value)] = value
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(f"{name}.{key}", inner, met, depth + 1)
 
 
 # ---------------------------------------------------------------------------------------- the entries

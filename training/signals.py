@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
+
+import distributed
 from util import Interrupted, Preempted, quit_at_once
 
 HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
@@ -45,6 +48,10 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+
+    def on_any_rank(self) -> bool:
+        """Whether a signal has come to any rank; to be asked on all of them."""
+        return distributed.all_reduce(torch.tensor([float(self.asked is not None)])).item() > 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a data loading worker that has only just been forked

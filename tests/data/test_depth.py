@@ -1,4 +1,7 @@
-"""Grey pictures of 12 bits in files of 16: their range is that of the data set, and a run keeps it."""
+"""Pictures of 12 bits in files of 16: their range is that of the data set, and a run keeps it."""
+
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -127,3 +130,54 @@ def test_the_crop_cache_follows_the_range(tmp_path):
     cache = data.CropCache(tmp_path / "cache", images, 16)
     images.bits = 16
     assert data.CropCache(tmp_path / "cache", images, 16).path != cache.path
+
+
+# ---------------------------------------------------------------------------------------- colour
+
+
+def png_of(values):
+    """A PNG of 16 bits a sample, colour with or without alpha; Pillow writes none."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    body = (struct.pack(">I", len(c)) + t + c + struct.pack(">I", zlib.crc32(t + c)) for t, c in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def tiff_of(values, order="<", packed=False):
+    """A TIFF of 16 bits a sample, colour, in either order of bytes."""
+    height, width, channels = values.shape
+    content = values.astype(f"{order}u2").tobytes()
+    content = zlib.compress(content) if packed else content
+    tags = {256: width, 257: height, 258: 0, 259: 8 if packed else 1, 262: 2, 273: 0, 277: channels,
+            278: height, 279: len(content)}  # fmt: skip
+    tags[258] = 8 + 2 + 12 * len(tags) + 4  # where the bits of the samples stand; the pixels follow
+    tags[273] = tags[258] + 2 * channels
+    out = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(f"{order}IH", 8, len(tags))
+    for tag, value in tags.items():
+        kind, count = (3, channels) if tag == 258 else (4, 1)
+        out += struct.pack(f"{order}HHII", tag, kind, count, value)
+    return out + struct.pack(f"{order}I{channels}H", 0, *[16] * channels) + content
+
+
+FILES = {
+    "png": png_of, "alpha.png": lambda v: png_of(np.concatenate([v, v[:, :, :1]], axis=2)), "tif": tiff_of,
+    "big.tif": lambda v: tiff_of(v, ">"), "packed.tif": lambda v: tiff_of(v, "<", packed=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [8, 9, 12, 16])
+@pytest.mark.parametrize("kind", FILES)
+def test_colours_of_few_bits_are_not_black(tmp_path, kind, bits):
+    values = np.random.default_rng(0).integers(0, 2**bits, (5, 7, 3)).astype(np.uint16)
+    values[0, 0] = 2**bits - 1
+    (tmp_path / f"x.{kind}").write_bytes(FILES[kind](values))
+    images, lines = opened(tmp_path)
+    assert images.bits == bits and len(lines) == (bits < 16)
+    assert np.array_equal(images.decode(0).numpy(), (values >> (bits - 8)).transpose(2, 0, 1))
+    images.bits = None
+    assert np.array_equal(images.decode(0).numpy(), (values >> 8).transpose(2, 0, 1))
+    images.bits = max(bits - 1, 8)
+    clipped = np.minimum(values >> (images.bits - 8), 255)
+    assert np.array_equal(images.decode(0).numpy(), clipped.transpose(2, 0, 1))

@@ -15,6 +15,7 @@ import webdataset
 
 import data
 from data import CropCache, shards
+from tests.helpers import refuses
 from tests.tars import jpeg, write, write_folder, write_tar
 from util import UserError
 
@@ -339,3 +340,25 @@ def test_an_image_that_is_a_link_or_a_device_is_refused(tmp_path, kind):
     with pytest.raises(UserError, match=r"x\.tar: '2\.jpg' is a link, a device"):
         write_with("2.jpg")
     assert len(write_with("readme")) == 1
+
+
+def test_no_header_or_list_of_paths_takes_the_memory_that_it_claims(tmp_path):
+    for kind, size, message in (
+        (b"x", 2**32, "a header of"),
+        (b"L", 2**32, "a header of"),
+        (b"0", 2**33, "bytes; write"),
+    ):
+        member = tarfile.TarInfo("__paths__")
+        member.size, member.type = size, kind
+        with open(tmp_path / "a.tar", "wb") as file:  # holes, which take no room on the disk
+            file.write(member.tobuf(tarfile.GNU_FORMAT))
+            file.truncate(512 + size + 1024)
+        with refuses(message):
+            shards.list_shards(tmp_path / "a.tar")
+
+
+def test_an_image_of_gigabytes_is_refused_unread(tmp_path):
+    with open(tmp_path / "a.jpg", "wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(data.ImageError, match="the file has 1073741825 bytes"):
+        data.list_images(tmp_path).decode(0)

@@ -133,3 +133,9 @@ def test_the_probe_by_a_file_is_the_probe_by_folders_and_goes_on_with_the_same_l
     table(tmp_path, "path,label", *lines)
     with refuses("the run had other images"):
         probe(folders, tmp_path / "b", "--epochs", 3, "--resume", "auto", *by_file)
+
+
+@pytest.mark.parametrize("line", [f"{'a' * 5000},ant", f"a.jpg,{'b' * 300}"])
+def test_a_path_or_label_that_no_file_system_holds_is_refused(tmp_path, line):
+    with refuses("line 2: .* is too long$"):
+        read_labels(table(tmp_path, "path,label", line), tmp_path)

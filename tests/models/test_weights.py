@@ -109,6 +109,47 @@ def test_what_is_refused_is_named_and_odd_contents_are_one_line(tmp_path):
             weights.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_layer.bias": torch.zeros(10**6)}, r"top_layer\.\w+ is "),
+        ({"projection_head.weight": torch.zeros(10**6, 1)}, "tiny"),
+        ({"projection_head.0.weight": torch.zeros(10**6, 1)}, "projection head"),
+        ({"projection_head.weight": torch.zeros(())}, "projection head"),
+    ],
+)
+def test_a_small_file_gets_no_large_network(tmp_path, monkeypatch, change, message):
+    path, built, build = tmp_path / "large.tar", [], models.build
+    good = build("tiny", True, 5, seed=1).state_dict()
+    checkpoint.save(path, {"arch": "tiny", "state_dict": good | change})
+
+    def look(*args, **options):
+        built.append(build(*args, **options))
+        return built[-1]
+
+    monkeypatch.setattr(models, "build", look)
+    with refuses(message):
+        weights.load(path)
+    assert len(built) == 1 and next(built[0].parameters()).is_meta  # which takes no memory
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50w5", "alexnet", "vgg16folded"])
+def test_a_file_that_only_claims_an_architecture_gets_none(tmp_path, monkeypatch, arch):
+    first = models.build("resnet18", seed=0).state_dict()["conv1.weight"]
+    checkpoint.save(tmp_path / "claim.tar", {"arch": arch, "state_dict": {"conv1.weight": first}})
+    monkeypatch.setattr(weights, "load_weights", None)
+    with refuses(f"does not fit {arch}: it lacks "):
+        weights.load(tmp_path / "claim.tar")
+
+
+@pytest.mark.parametrize("shape", [(), (64000, 1, 1, 1), (3, 3, 3, 3)])
+def test_a_stem_that_no_resnet_has_is_no_network(tmp_path, shape):
+    state = {"layer1.0.conv1.weight": torch.zeros(1), "layer1.0.conv3.weight": torch.zeros(1)}
+    checkpoint.save(tmp_path / "odd.tar", {"state_dict": state | {"conv1.weight": torch.zeros(shape)}})
+    with refuses("not a network of this repository"):
+        weights.load(tmp_path / "odd.tar")
+
+
 def test_init_takes_everything_but_the_head(tmp_path, net):
     path = tmp_path / "released.tar"
     legacy.write(path, legacy.authors_state(net, optimizer=False))

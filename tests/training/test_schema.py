@@ -159,3 +159,23 @@ def test_good_ones_are_read_and_tell_their_place(whole):
     assert schema.read(V1)["parts"]["labels"]["epoch"] == 1  # it is in the middle of it
     end = schema.read(V1.parents[1] / "checkpoint.pth.tar")
     assert (end["epoch"], end["parts"]["labels"]["epoch"]) == (2, 1)
+
+
+def test_a_nest_that_holds_itself_or_has_2_to_60_leaves_is_told_at_once(saved, tmp_path):
+    itself, doubled, deep = {}, [1], []
+    itself["a"] = itself
+    for _ in range(60):
+        doubled, deep = [doubled, doubled], [deep]
+    for nest, message in (
+        (itself, "parts.images.skipped"),
+        (doubled, "nested too deep"),
+        (deep, "nested too deep"),
+    ):
+        checkpoint.save(tmp_path / "c.pth.tar", saved | {"extra": nest})
+        if nest is itself:
+            schema.read(tmp_path / "c.pth.tar")  # plain, if odd: nothing reads it
+            state = change(saved, "parts/images/skipped", nest)
+            checkpoint.save(tmp_path / "c.pth.tar", state)
+        with refuses(message):
+            schema.read(tmp_path / "c.pth.tar")
+    assert list(schema.leaves("x", {"a": [1, (2,)], "b": 3})) == [("x.a.0", 1), ("x.a.1.0", 2), ("x.b", 3)]
