@@ -49,7 +49,7 @@ import numpy as np
 from PIL import Image
 
 from formats import safe_pickle
-from util import UserError, derive_seed, run_main
+from util import UserError, derive_seed, rename, run_main
 
 SIDE = 28  # pixels of both sets
 VAL_SHARE = 5  # every fifth picture of a class
@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> None:
             for row in rows:
                 Image.fromarray(pictures[row]).save(folder / f"{row:05d}.png")
             counts[split] += len(rows)
-    part.rename(out)
+    rename(part, out)
     print(
         f"{out}: {counts['train']} train + {counts['val']} val pictures of {len(np.unique(labels))} classes; "
         f"{len(pictures) - len(kept)} repeats of {len(pictures)} left out"
