@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.bootstrap:
         progress.close()
 
-    names_of_rows = [f"{row['split']}, head {row['head']}, {row['clusters']} clusters" for row in rows]
+    names_of_rows = [f"{row['split']}, head {row['head']}, k {row['clusters']}" for row in rows]
     for line in table_lines(names_of_rows, rows):
         log(line)
     results.report(exp, "clusters", describe(args, str(file), rows), rows)
