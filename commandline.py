@@ -362,10 +362,19 @@ def add_multicrop_training(parser: argparse.ArgumentParser, freeze: int) -> None
     group = parser.add_argument_group("machine")
     add_method_machine(group)
     group.add_argument(
-        "--use_fp16", type=word, default=False, metavar="BOOL", help="--precision fp16, CUDA only"
-    )
+        "--use_fp16", type=word, action=UseFp16, default=argparse.SUPPRESS, metavar="BOOL",
+        help="true: --precision fp16, CUDA only; a --precision behind it wins",
+    )  # fmt: skip
     parser.set_defaults(workers=10)
     add_old_flags(group, OLD_FLAGS)
+
+
+class UseFp16(argparse.Action):
+    """--use_fp16 true is --precision fp16, and false takes that back: of both flags the last one counts."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: Any = None) -> None:
+        if value or namespace.precision == "fp16":
+            namespace.precision = "fp16" if value else "fp32"
 
 
 def add_old_flags(parser: argparse._ActionsContainer, names: Iterable[str]) -> None:

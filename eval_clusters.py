@@ -86,10 +86,10 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.bootstrap:
         progress.close()
 
-    for line in table_lines([f"{row['split']}, head {row['head']}" for row in rows], rows):
+    names_of_rows = [f"{row['split']}, head {row['head']}, k {row['clusters']}" for row in rows]
+    for line in table_lines(names_of_rows, rows):
         log(line)
     results.report(exp, "clusters", describe(args, str(file), rows), rows)
-    log(f"results in {exp}/{results.RESULTS}")
     return rows
 
 
@@ -117,11 +117,11 @@ def numbers(found: Clustered, head: int) -> dict[str, int]:
 
 def describe(args: argparse.Namespace, file: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """All that the figures depend on."""
-    sizes = [
-        f"{row['images']} of {row['split']} in {row['clusters']} clusters and {row['classes']} classes"
-        for row in rows
-        if row["head"] == 0
-    ]
+    sizes = []
+    for first in (row for row in rows if row["head"] == 0):
+        counts = [str(row["clusters"]) for row in rows if row["split"] == first["split"]]
+        into = f"{' and '.join(counts)} clusters and {first['classes']} classes"
+        sizes.append(f"{first['images']} of {first['split']} in {into}")
     return {
         "clusters of": file,
         **({"val": args.val} if args.val else {}),

@@ -119,7 +119,7 @@ from evaluation.knn import (
     unit_features,
 )
 from evaluation.labelled import open_train_val, read_labels
-from evaluation.results import RESULTS, report
+from evaluation.results import report
 from features import Pass
 from formats.rows import read_names
 from models.inputs import Inputs
@@ -141,7 +141,6 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for line in table(results) + cluster_table(results):
         log(line)
     report(args.exp, "knn", protocol, results)
-    log(f"results in {args.exp}/{RESULTS}")
     return results
 
 

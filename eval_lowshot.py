@@ -96,7 +96,7 @@ from evaluation import lowshot
 from evaluation.knn import flatten, unit_features
 from evaluation.lowshot import ALL, Journal
 from evaluation.probe import Fingerprint
-from evaluation.results import RESULTS, read, report
+from evaluation.results import read, report
 from evaluation.voc import VocSplit, check_images, open_voc
 from features import Pass, layer_shape
 from models.network import Network
@@ -150,7 +150,6 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for line in table(results):
         log(line)
     report(exp, "lowshot", describe(args, net, trained, tested, costs), results)
-    log(f"results in {exp}/{RESULTS}")
     return results
 
 

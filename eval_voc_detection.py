@@ -287,7 +287,7 @@ def describe(
         "seed": args.seed,
         "precision": args.precision,
         "processes": distributed.world_size(),
-        "AP": "VOC's rules: difficult objects left out of training and test; at the last epoch",
+        "AP": "VOC's rules: difficult objects left out of training and test; at the last epoch; percent",
     }
 
 

@@ -159,6 +159,7 @@ def print_table(results: dict[str, Any], pixels: torch.Tensor, log: Log) -> None
     for name, number in zip(CLASSES, pixels.sum(1).tolist()):
         log(f"{name:<{width}}  {number:10d}  {show(results['IoU'][name]):>6}")
     log(f"{'mean':<{width}}  {'':10}  {show(results['mIoU']):>6}")
+    log(f"pixel accuracy {show(results['pixel accuracy'])}")
     without = [name for name, iou in results["IoU"].items() if iou is None]
     if without:
         log(f"warning: no pixel in val, left out of the mean: {', '.join(without)}")
@@ -192,7 +193,7 @@ def describe(
         "momentum": args.momentum,
         "seed": args.seed,
         "precision": args.precision,
-        "mIoU": "at the size of the image, void left out, over all pixels; at the last epoch",
+        "mIoU": "at the size of the image, void left out, over all pixels; at the last epoch; percent",
     }
 
 

@@ -56,8 +56,6 @@ FIXED = ("nmb_prototypes", *multicrop.FIXED)
 
 def main(args: argparse.Namespace) -> None:
     """Train; everything that is learnt is written into args.exp. Under torchrun, one of several processes."""
-    if args.use_fp16:
-        args.precision = "fp16"
     with Run(args, "deepclusterv2", FIXED) as run:
         images, net, view = multicrop.open_run(run, args.nmb_prototypes)
         check_enough(len(images), args.nmb_prototypes)

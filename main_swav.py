@@ -78,8 +78,6 @@ FIXED = (
 
 def main(args: argparse.Namespace) -> None:
     """Train; everything that is learnt is written into args.exp. Under torchrun, one of several processes."""
-    if args.use_fp16:
-        args.precision = "fp16"
     with Run(args, "swav", FIXED) as run:
         counts = args.nmb_prototypes
         images, net, view = multicrop.open_run(run, counts[0] if len(counts) == 1 else counts)

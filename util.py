@@ -372,8 +372,12 @@ class Progress:
     def line(self, note: str = "") -> str:
         rate = self.done / max(self.seconds, 1e-9)
         eta = clock((self.total - self.done) / rate) if rate > 0 else "?"
-        speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.2f}"
-        return f"{self.label} {self.done}/{self.total}  {speed} {self.unit}/s  eta {eta}  {note}".rstrip()
+        return f"{self.label} {self.done}/{self.total}  {self.speed}  eta {eta}  {note}".rstrip()
+
+    @property
+    def speed(self) -> str:
+        rate = self.done / max(self.seconds, 1e-9)
+        return f"{rate:.{0 if rate >= 10 else 2}f} {self.unit}/s"
 
     def update(self, n: int = 1, note: str = "") -> None:
         """Count n more; draw or write when it is time to."""
@@ -394,6 +398,5 @@ class Progress:
     def close(self, note: str = "") -> None:
         """Replace the bar by one last line: how many, how long, how fast."""
         self.clear()
-        rate = self.done / max(self.seconds, 1e-9)
-        line = f"{self.label} {self.done}/{self.total} in {clock(self.seconds)}, {rate:.0f} {self.unit}/s"
+        line = f"{self.label} {self.done}/{self.total} in {clock(self.seconds)}, {self.speed}"
         self.log(f"{line}  {note}".rstrip())

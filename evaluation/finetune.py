@@ -134,7 +134,7 @@ def finetune(
         steps = (own + 1) * len(ShareSampler(np.arange(len(images)), run.batch))
         history.add(own, steps, {"train": tally.records(), "val": [judged(f"epoch {epoch} val")]})
         tally.clear()
-        of = f"training {number} of {len(subsets)}, " if len(subsets) > 1 else ""
+        of = f"is epoch {own} of training {number} (0 to {len(subsets) - 1})  " if len(subsets) > 1 else ""
         run.log(f"epoch {epoch} {of}{history.line(NETWORK)}")
         if history.best(NETWORK) is history.last(NETWORK) and run.is_main:
             save_best(run.exp / files[number], tuned.net, history, images, vars(run.args), protocol)

@@ -90,6 +90,8 @@ def read_labels(file: str | Path, folder: str | Path) -> Labels:
             raise UserError(f"{file}, line {number}: {row[0][:80]} or its label is too long")
         if not label:
             raise UserError(f"{file}, line {number}: {row[0]} has no label")
+        if not is_text(label):
+            raise UserError(f"{file}, line {number}: the label of {row[0]} is not UTF-8; save the file so")
         if split is not None and split not in SPLITS:
             raise UserError(f"{file}, line {number}: split {split!r} of {row[0]} is neither train nor val")
         if path in seen:
@@ -109,12 +111,15 @@ def rows_of(file: str | Path) -> Iterator[tuple[int, list[str]]]:
     width = 0
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            reader = csv.reader(lines)
+            reader = csv.reader(lines, skipinitialspace=True)
             for row in filter(None, reader):
                 if not width:
                     width = len(row)
                     if [name.strip().lower() for name in row] not in (COLUMNS[:2], COLUMNS):
-                        raise UserError(f"{file}: its first line must be path,label or path,label,split")
+                        raise UserError(
+                            f"{file}: its first line must be path,label or path,label,split, with commas and "
+                            "in UTF-8"
+                        )
                     yield 1, row
                     continue
                 if len(row) != width:
@@ -130,6 +135,11 @@ def inside(path: str, roots: list[str]) -> str:
     return next((full[len(root) :] for root in roots if full.startswith(root)), full)
 
 
+def is_text(name: str) -> bool:
+    """Whether a name that was read with surrogateescape was UTF-8 to begin with."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def find_images(labels: Labels, log: Log | None = None) -> None:
     """UserError where images of the file are missing; says how many images of the folder it leaves out."""
     if not os.path.isdir(labels.folder):
@@ -141,9 +151,10 @@ def find_images(labels: Labels, log: Log | None = None) -> None:
         if path not in lying and not os.path.isfile(os.path.join(labels.folder, path))
     ]
     if absent:
+        way_out = "" if all(map(is_text, absent)) else "; is the file in UTF-8?"
         raise UserError(
             f"{labels.file}: {absent[0]} does not exist in {labels.folder} "
-            f"({len(absent)} of {len(labels.paths)} images are missing)"
+            f"({len(absent)} of {len(labels.paths)} images are missing{way_out})"
         )
     without = len(lying.difference(labels.paths))
     if without and log is not None:

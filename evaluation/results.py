@@ -28,7 +28,7 @@ def read(exp: str | Path) -> dict[str, Any]:
 
 
 def report(exp: str | Path, name: str, protocol: dict[str, Any], results: Any) -> None:
-    """Print the protocol of evaluator `name` and put it with its results into EXP/results.json.
+    """Print the protocol of evaluator `name`, put it with its results into EXP/results.json, and say so.
 
     The file keeps the results of other evaluators: {name: {"protocol": ..., "results": ..., "command": ...}}.
     """
@@ -36,3 +36,4 @@ def report(exp: str | Path, name: str, protocol: dict[str, Any], results: Any) -
     everything = read(make_folder(exp))
     everything[name] = {"protocol": protocol, "results": results, "command": sys.argv}
     write_json(Path(exp) / RESULTS, everything)
+    say(f"results in {Path(exp) / RESULTS}")

@@ -33,6 +33,8 @@ def clean_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if mark in clean:
             for other, ours in names.items():
                 clean = {re.sub(f"^{re.escape(other)}", ours, name): clean[name] for name in clean}
+    if not any(name.startswith("projection_head.") for name in clean):  # prototypes say nothing without it
+        clean = {name: value for name, value in clean.items() if not name.startswith("prototypes.")}
     return clean
 
 

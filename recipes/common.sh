@@ -28,7 +28,8 @@ recipe() {
     fi
     # shellcheck source=../env.sh
     . "$root/env.sh" requirements.txt
-    gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | wc -l)}
+    # Without nvidia-smi, or without a driver, there are none.
+    gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)}
     local launcher=("$PY")
     [[ $gpus -le 1 ]] || launcher+=(-m torch.distributed.run --standalone --nproc-per-node "$gpus")
     run "${launcher[@]}" "$root/$script" "${images[@]}" --exp "${EXP:-exp}" --resume auto "$@"

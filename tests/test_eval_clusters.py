@@ -44,7 +44,7 @@ def test_a_run_is_judged_as_its_log_judged_it(finished, tmp_path, capsys):
     assert "ACC 1:1" in capsys.readouterr().out
 
 
-def test_every_head_has_its_row(tmp_path):
+def test_every_head_has_its_row(tmp_path, capsys):
     heads = ([0, 0, 0, 1, 1, 2], [0, 1, 0, 1, 0, 1], [7, 7, 7, 3, 3, 0])
     write_csv(tmp_path / "assignments.csv", PATHS, *heads)
     rows = judged(tmp_path)
@@ -52,6 +52,8 @@ def test_every_head_has_its_row(tmp_path):
     for row, labels in zip(rows, heads):
         assert row["ami"] == pytest.approx(adjusted_mutual_info_score([0, 0, 0, 1, 1, 2], labels), abs=1e-9)
     assert rows[0]["acc"] == rows[2]["acc"] == 1.0 and rows[0]["ari"] == rows[2]["ari"]
+    out = capsys.readouterr().out
+    assert "train, head 1, k 2  " in out and "6 of train in 3 and 2 and 3 clusters and 3 classes" in out
 
 
 def test_other_images_are_judged_by_the_classes_of_train(finished, photos, tmp_path):

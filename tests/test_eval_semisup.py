@@ -67,6 +67,7 @@ def test_results_tell_every_draw_their_mean_and_the_protocol(whole):
     assert protocol["labels"] == "10 %, 2 of every class, drawn" and protocol["batch"] == 3
     lines = logs.read_lines(exp / "semisup.jsonl")
     assert [(line["epoch"], line["training"]) for line in lines] == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert "epoch 3 is epoch 1 of training 1 (0 to 1)  train loss" in (exp / "semisup.log").read_text()
     for line in lines:  # the engine's mean of the epoch's steps, and what was counted in them
         assert line["train"]["loss"] == pytest.approx(line["loss"])
 

@@ -75,7 +75,9 @@ def test_results_stand_beside_their_protocol(finished):
     assert (stored["protocol"]["images"], stored["protocol"]["epochs"]) == ("5 -> 5", 2)
     there = {name for name, iou in results["IoU"].items() if iou is not None}
     assert there == {"background", *(CLASSES[label] for label in LABELS.values())}
-    assert "left out of the mean: bicycle, bird" in (exp / script.LOG).read_text()
+    text = (exp / script.LOG).read_text()
+    assert "left out of the mean: bicycle, bird" in text
+    assert f"pixel accuracy {results['pixel accuracy']:.2f}" in text
 
 
 def test_resumed_run_is_the_same_bit_for_bit(scenes, finished, tmp_path):

@@ -72,3 +72,18 @@ def test_the_published_command_of_deepercluster_is_understood():
         True,
         "vgg16wide",
     )
+
+
+@pytest.mark.parametrize("method", ["swav", "v2"])
+@pytest.mark.parametrize(
+    "flags, precision",
+    [
+        ("", "fp32"),
+        ("--use_fp16 true", "fp16"),
+        ("--use_fp16 true --precision bf16", "bf16"),  # as of a recipe, with the caller's flag behind
+        ("--use_fp16 true --use_fp16 false", "fp32"),
+        ("--precision bf16 --use_fp16 false", "bf16"),
+    ],
+)
+def test_of_use_fp16_and_precision_the_last_one_counts(method, flags, precision):
+    assert parse(method, *flags.split()).precision == precision

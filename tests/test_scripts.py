@@ -256,6 +256,28 @@ def test_a_recipe_runs_its_script_and_goes_on(tmp_path, recorder):
 
 
 @pytest.mark.parametrize(
+    "nvidia_smi, processes",
+    [
+        ("exit 127", 1),
+        ("echo 'NVIDIA-SMI has failed.'; echo 'Is the driver running?'; exit 9", 1),
+        ("echo 'GPU 0: A (UUID: a)'", 1),
+        ("echo 'GPU 0: A (UUID: a)'; echo '  MIG 1g (UUID: b)'; echo 'GPU 1: A (UUID: c)'", 2),
+    ],
+)
+def test_a_recipe_takes_the_gpus_that_are_there_and_runs_without_any(
+    tmp_path, recorder, nvidia_smi, processes
+):
+    tools = script(tmp_path / "tools" / "nvidia-smi", nvidia_smi).parent
+    path = f"{tools}:{os.environ['PATH']}"
+    recipe = ROOT / "recipes" / "swav_100ep.sh"
+    result = bash(recipe, cwd=tmp_path, PYTHON=recorder, DIR="images", PATH=path)
+    assert result.returncode == 0, result.stderr
+    (call,) = calls(recorder)
+    started = f"-m torch.distributed.run --standalone --nproc-per-node {processes} " if processes > 1 else ""
+    assert call.startswith(f"{started}main_swav.py images ")
+
+
+@pytest.mark.parametrize(
     "name, settings",
     [
         ("main.sh", {"DIR": "."}),

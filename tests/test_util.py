@@ -105,7 +105,7 @@ def test_plain_lines_come_now_and_then_where_there_is_no_terminal(monkeypatch, c
     progress.close("done")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["31/100", "62/100", "93/100", "100/100"]
-    assert lines[-1] == "features 100/100 in 1:40, 1 img/s  done"
+    assert lines[-1] == "features 100/100 in 1:40, 1.00 img/s  done"
     written = (tmp_path / "log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in written] == lines
 

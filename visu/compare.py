@@ -130,7 +130,7 @@ def warnings_of(entries: Sequence[Entry]) -> list[str]:
 
 def text_of_picture(entries: Sequence[Entry], differ: Rows) -> str:
     """Warnings, and the settings that differ, in the order of the legend."""
-    differ = [(name, values) for name, values in differ if NOTHING not in values][:12]
+    differ = [(name, values) for name, values in differ if len({*values} - {NOTHING}) > 1][:12]
     order = "Settings that differ, in the order of the legend: "
     shown = order + "; ".join(f"{name} {' | '.join(values)}" for name, values in differ)
     several = [entry for entry in entries if len(entry.runs) > 1]

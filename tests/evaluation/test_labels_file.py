@@ -139,3 +139,22 @@ def test_the_probe_by_a_file_is_the_probe_by_folders_and_goes_on_with_the_same_l
 def test_a_path_or_label_that_no_file_system_holds_is_refused(tmp_path, line):
     with refuses("line 2: .* is too long$"):
         read_labels(table(tmp_path, "path,label", line), tmp_path)
+
+
+def test_spaces_after_commas_do_not_make_quotes_a_part_of_the_label(tmp_path):
+    lines = ['0.png, "one", train', "1.png, one, train", '"2.png", "one, two", val']
+    found = read_labels(table(tmp_path, "path, label, split", *lines), tmp_path)
+    assert found.labels == ["one", "one", "one, two"] and found.splits == ["train", "train", "val"]
+
+
+def test_a_file_that_is_not_utf_8_is_told_so(tmp_path, folders):
+    file = tmp_path / "labels.csv"
+    file.write_bytes("path,label\ntrain/ant/0.png,B\u00e4r\n".encode("latin-1"))
+    with refuses("labels.csv, line 2: the label of train/ant/0.png is not UTF-8"):
+        opened(folders, file)
+    file.write_bytes("path,label\ntrain/ant/\u00e4.png,ant\n".encode("latin-1"))
+    with refuses("1 of 1 images are missing; is the file in UTF-8?"):
+        opened(folders, file)
+    file.write_bytes("path,label\n".encode("utf-16"))
+    with refuses("with commas and in UTF-8"):
+        opened(folders, file)

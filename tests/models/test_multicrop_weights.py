@@ -62,6 +62,8 @@ def test_a_trunk_alone_loads_and_a_key_that_it_lacks_is_named(tmp_path):
     loaded = weights.load(path)
     assert loaded.projection_head is None and loaded.prototypes is None
     assert torch.equal(loaded(picture()), net.activations(picture(), ["avgpool"])["avgpool"])
+    checkpoint.save(path, trunk | {"module.prototypes.weight": torch.zeros(5, 6)})  # useless without a head
+    assert weights.load(path).prototypes is None
     del trunk["module.layer3.1.conv2.weight"]
     checkpoint.save(path, trunk)
     with refuses(r"lacks layer3\.1\.conv2\.weight"):

@@ -122,6 +122,17 @@ def test_settings_that_differ_stand_first_and_equal_ones_are_folded(tmp_path):
     assert "exp" not in re.findall(r'<th scope="row">([^<]+)</th>', page)
 
 
+def test_the_picture_tells_what_differs_among_the_runs_that_have_it(tmp_path):
+    exps = [make_run(tmp_path / name, nmb_cluster=k) for name, k in (("a", 60), ("b", 90), ("c", 0))]
+    for exp, drop in zip(exps, ((), (), ("nmb_cluster",))):
+        written = json.loads((exp / "config.json").read_text())
+        written["args"] = {name: x for name, x in written["args"].items() if name not in drop}
+        (exp / "config.json").write_text(json.dumps(written))
+    entries = run_groups.group(run_groups.read_runs(exps))
+    text = compare.text_of_picture(entries, run_groups.compare_settings(entries)[0])
+    assert "nmb_cluster 60 | 90 | –" in " ".join(text.split())
+
+
 def test_protocols_that_differ_are_told_beside_the_figures(tmp_path):
     a = make_run(tmp_path / "a", found=linear(40.0, f"{tmp_path}/a/checkpoint.pth.tar (alexnet)"))
     b = make_run(tmp_path / "b", found=linear(41.0, f"{tmp_path}/b/checkpoint.pth.tar (alexnet)", 10), lr=1)
