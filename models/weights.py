@@ -24,6 +24,8 @@ OTHER_NAMES = {
     "body.features.0.weight": {"body.": "", "pred_layer.": "top_layer."},  # DeeperCluster
     "layer1.0.conv1.weight": {"fc.": "top_layer."},  # torchvision's ResNets
 }
+# Released by DeeperCluster's authors: VGG-16 in their wide geometry, whatever form the names in them have.
+WIDE_FILES = ("ours.pth", "deepcluster_flickr.pth", "rotnet_flickr.pth", "rotnet_imagenet.pth")
 
 
 def clean_keys(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -50,6 +52,7 @@ def model_weights(state: dict[str, Any], path: str | Path) -> tuple[str, dict[st
     ):
         raise UserError(f"{path}: no state_dict of tensors in this file")
     wide = any(re.match(r"(module\.)?body\.(module\.)?features\.", name) for name in weights)
+    wide = wide or Path(path).name in WIDE_FILES
     weights = clean_keys(weights)
     word = state.get("arch")
     arch = word if isinstance(word, str) and word in models.ARCHITECTURES else guess_arch(weights)

@@ -161,3 +161,13 @@ def test_init_takes_everything_but_the_head(tmp_path, net):
     assert torch.equal(fresh.top_layer.weight, head)
     with refuses("with Sobel, the run is alexnet without Sobel"):
         weights.init_weights(models.build("alexnet", sobel=False, seed=1), path)
+
+
+@pytest.mark.parametrize(
+    "name", ["module.features.0.weight", "features.0.weight", "features.module.0.weight"]
+)
+def test_released_vggs_are_wide_by_their_file_names_where_names_of_parameters_do_not_tell(name):
+    state = {name: torch.zeros(64, 2, 3, 3)}
+    for file in ("ours", "deepcluster_flickr", "rotnet_flickr", "rotnet_imagenet"):
+        assert weights.model_weights(state, f"models/{file}.pth")[0] == "vgg16wide"
+    assert weights.model_weights(state, "vgg16/checkpoint.pth.tar")[0] == "vgg16"
