@@ -92,11 +92,17 @@ class Assignment:
 
 
 def preprocess(
-    features: np.ndarray, dim: int = 256, device: Device = "cpu", log: Callable[[str], None] | None = None
+    features: np.ndarray,
+    dim: int = 256,
+    device: Device = "cpu",
+    log: Callable[[str], None] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> tuple[PCAWhitening, np.ndarray]:
     """PCA-whitening to `dim` dimensions, fewer for few images, then L2 normalisation of each row.
 
-    features (n, D), float16 or float32, are this rank's and are only read; the PCA is that of all ranks'.
+    features (n, D), float16 or float32, are this rank's; the PCA is that of all ranks'. They are only
+    read, or with `overwrite` may take the result, where d = D and they are float32: rows are held once then.
     Returns the PCA and the (n, d) float32 result; a row that is whitened to zero stays zero. log is told why
     where d < dim.
     """
@@ -106,7 +112,7 @@ def preprocess(
     if pca.dim < dim and log is not None:
         why = "the features have no more" if pca.dim < most else f"{images} images are too few for more"
         log(f"PCA keeps {pca.dim} dimensions of {dim}: {why}")
-    return pca, normalise_rows(pca.apply(features, device))
+    return pca, normalise_rows(pca.apply(features, device, overwrite))
 
 
 def most_dimensions(images: int) -> int:
@@ -164,7 +170,8 @@ def kmeans_two_level(
         if size == 0:
             continue
         k = min(fine, size)
-        part = kmeans(x[own == c], k, derive_seed(seed, "fine", c), **options)
+        mine = x if size == n else x[own == c]
+        part = kmeans(mine, k, derive_seed(seed, "fine", c), **options)
         rows = first.labels == c
         labels[rows], distances[rows] = c * fine + part.labels, part.distances
         centroids[c * fine : c * fine + k] = part.centroids

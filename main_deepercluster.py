@@ -209,7 +209,7 @@ def relabel(
         return
     features = run.feature_pass(net, plain, net.feature)  # (n_r, D), before the last ReLU
     with run.timed("pca"):
-        pca, points = clustering.preprocess(features, dim, run.device, run.log)
+        pca, points = clustering.preprocess(features, dim, run.device, run.log, overwrite=True)
     del features
     with run.timed("clustering"):
         found = cluster(points, seed=run.seed("clustering", run.epoch), device=run.device)

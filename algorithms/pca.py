@@ -37,13 +37,19 @@ class PCAWhitening:
         """How many dimensions are kept: min(the number asked for, N - 1, numerical rank), at least 1."""
         return self.matrix.shape[1]
 
-    def apply(self, features: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
-        """Whiten `features` (N, D), float16 or float32, chunk by chunk; returns (N, d) float32."""
+    def apply(
+        self, features: np.ndarray, device: torch.device | str = "cpu", overwrite: bool = False
+    ) -> np.ndarray:
+        """Whiten `features` (N, D), float16 or float32, chunk by chunk; returns (N, d) float32.
+
+        overwrite: float32 features take the result themselves where d = D, so that rows are held once.
+        """
         if features.ndim != 2 or features.shape[1] != len(self.mean):
             raise ValueError(f"features are {features.shape}, this PCA wants (N, {len(self.mean)})")
         mean = torch.from_numpy(self.mean).to(device)
         matrix = torch.from_numpy(self.matrix).to(device)
-        whitened = np.empty((len(features), self.dim), np.float32)
+        here = overwrite and features.dtype == np.float32 and self.dim == features.shape[1]
+        whitened = features if here else np.empty((len(features), self.dim), np.float32)
         for rows, chunk in row_chunks(features, device):
             whitened[rows] = chunk.sub_(mean).matmul(matrix).float().cpu().numpy()
         return whitened

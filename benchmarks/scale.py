@@ -27,6 +27,9 @@ from benchmarks.epoch import (
     step_arithmetic,
     training_step,
 )
+from benchmarks.epoch_deepercluster import Period
+from benchmarks.epoch_deepercluster import memory as period_memory
+from benchmarks.epoch_deepercluster import seconds as period_seconds
 from util import UserError, run_main
 
 IMAGENET = 1_281_167
@@ -35,6 +38,13 @@ JOBS = {
     "ImageNet, 8 GPUs": Job(IMAGENET, 10_000, 1, 8, 256),
     "100 M, 64 GPUs, k 10,000": Job(100_000_000, 10_000, 8, 8, 4096),
     "100 M, 64 GPUs, k 320,000": Job(100_000_000, 320_000, 8, 8, 4096),
+}
+PUBLISHED = Period()
+PERIODS = {
+    "published": PUBLISHED,
+    "ten times the clusters": replace(PUBLISHED, k=3_200_000),
+    "d 256": replace(PUBLISHED, dim=256),
+    "one super-cluster": replace(PUBLISHED, super_clusters=1),
 }
 
 
@@ -162,6 +172,24 @@ def memory_table(arch: str) -> str:
     return table(f"{arch}, GB of one rank or one GPU", ["what", *JOBS], rows)
 
 
+def period_table() -> str:
+    """DeeperCluster's period, seconds by phase."""
+    found = {name: period_seconds(period) for name, period in PERIODS.items()}
+    rows = [[phase, *(number(f[phase]) for f in found.values())] for phase in found["published"]]
+    return table("DeeperCluster, vgg16wide, bf16, seconds of a period of 3 epochs", ["phase", *PERIODS], rows)
+
+
+def period_memory_table() -> str:
+    """DeeperCluster's memory of a rank, here and in the paper's own design."""
+    rows = [
+        [what, *("?" if size is None else number(size / 1e9) for size in sizes)]
+        for what, sizes in period_memory(PUBLISHED).items()
+    ]
+    return table(
+        "DeeperCluster, published run, GB of one rank", ["what", "here", "the authors' design"], rows
+    )
+
+
 def paper() -> list[str]:
     """Every table of docs/scale.md."""
     return [
@@ -174,6 +202,8 @@ def paper() -> list[str]:
         batch_table(),
         memory_table("alexnet"),
         memory_table("vgg16"),
+        period_table(),
+        period_memory_table(),
     ]
 
 

@@ -164,3 +164,16 @@ def test_features_are_held_once(dtype, limit):
         cwd=ROOT,
     )
     assert float(probe.stdout) < limit
+
+
+@pytest.mark.parametrize("dim, kept", [(40, True), (39, False)])
+def test_with_overwrite_all_dimensions_take_the_place_of_the_features(dim, kept):
+    features = decaying_features(900, 40)
+    fitted = fit_pca(features, dim)
+    expected = fitted.apply(features)
+    own = features.copy()
+    found = fitted.apply(own, overwrite=True)
+    np.testing.assert_array_equal(found, expected)
+    assert np.shares_memory(found, own) == kept
+    if not kept:
+        np.testing.assert_array_equal(own, features)
