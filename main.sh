@@ -17,7 +17,7 @@ DEMO_SIZE=64 # pixels
 DEMO_SEED=31
 LAYERS=(conv5 fc7.pre) # to be evaluated
 CROPS=(--nmb_crops 2 --size_crops $DEMO_SIZE --min_scale_crops 0.3 --max_scale_crops 1 --jitter_strength 0.4 --blur 0)
-HEAD=(--hidden_mlp 512 --batch_size 64 --no-larc --base_lr 0.1 --final_lr 0.001 --warmup_epochs 0 --epochs 5)
+HEAD=(--hidden_mlp 512 --batch_size 64 --no-larc --base_lr 0.1 --final_lr 0.001 --warmup_epochs 0 --epochs 4)
 case $METHOD in
 deepcluster)
     MAIN=main.py
@@ -25,20 +25,20 @@ deepcluster)
     ;;
 deepclusterv2)
     MAIN=main_deepclusterv2.py
-    DEMO=(--arch resnet18 "${CROPS[@]}" "${HEAD[@]}" --nmb_prototypes 100 100 100)
+    DEMO=(--arch resnet18 "${CROPS[@]}" "${HEAD[@]}" --nmb_prototypes 200 200 200)
     LAYERS=(layer3 avgpool)
     ;;
 swav)
     MAIN=main_swav.py
     # Fewer prototypes than a batch has images, or codes cannot spread over them; colours as they are.
     DEMO=(--arch resnet18 "${CROPS[@]}" "${HEAD[@]}" --nmb_prototypes 40 --freeze_prototypes_niters 62
-        --jitter_strength 0 --epochs 4)
+        --jitter_strength 0)
     LAYERS=(layer3 avgpool)
     ;;
 deepercluster)
     MAIN=main_deepercluster.py
-    DEMO=(--arch alexnet --image-size $DEMO_SIZE --super_classes 8 --k 100 --dim_pca 256 --reassignment 1 --lr 0.01
-        --wd 0.00001 --batch_size 64 --nepochs 6)
+    DEMO=(--arch alexnet --image-size $DEMO_SIZE --super_classes 8 --k 200 --dim_pca 256 --reassignment 1 --lr 0.01
+        --wd 0.00001 --batch_size 64 --nepochs 3)
     ;;
 *)
     echo "main.sh: METHOD=$METHOD: choose deepcluster, deepclusterv2, swav or deepercluster" >&2
