@@ -110,7 +110,8 @@ from features import Pass, Settings, ToPoints, activation_batches, bits_of, laye
 from formats.rows import FORMS, Files
 from models import weights
 from models.network import Network
-from util import Log, Progress, UserError, choose_device, make_folder, peak_memory_gib, run_main
+from training.machine import peak_memory_gib
+from util import Log, Progress, UserError, choose_device, make_folder, run_main
 
 WAY_OUT = "give what it was made with, or another --out, or begin anew with --restart"
 

@@ -10,7 +10,6 @@ import glob
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -311,12 +310,6 @@ class AverageMeter:
     def update(self, value: float, n: int = 1) -> None:
         self.sum += value * n
         self.count += n
-
-
-def peak_memory_gib() -> float:
-    """Peak resident memory of this process so far, in GiB."""
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30
 
 
 def clock(seconds: float) -> str:

@@ -36,7 +36,7 @@ class Folder:
         make_folder(self.path / "checkpoints")
         return self.path / "checkpoints" / f"{self.last.name.split('.')[0]}_{n}.pth.tar"
 
-    def of_epoch(self, epoch: int, every: int | None, epochs: int) -> Path | None:
+    def of_epoch(self, epoch: int, every: int | None, epochs: int | None) -> Path | None:
         """The checkpoint that is kept after an epoch, one of `every` or the last; None where none is."""
         if not every or not (epoch % every == 0 or epoch + 1 == epochs):
             return None

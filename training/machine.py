@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import torch
 
 import distributed
-from util import SHARED_MEMORY, Log, UserError, peak_memory_gib
+from util import SHARED_MEMORY, Log, UserError
 
 SHARED = Path("/dev/shm")  # where Linux keeps what workers hand over
 AHEAD = 2  # batches that torch's loader asks of every worker before it needs them
@@ -24,6 +26,12 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # whatever a compiler and its environment may say
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise UserError(f"--compile: cannot compile here ({lines[0][:200]}); leave it out") from error
+
+
+def peak_memory_gib() -> float:
+    """Peak resident memory of this process so far, in GiB."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**20 if sys.platform != "darwin" else kib / 2**30
 
 
 def check_shared_memory(workers: int, batch: int, size: int) -> None:

@@ -371,7 +371,7 @@ class Run:
         return record
 
     def _keep_epoch(self, again: bool = True) -> None:
-        path = self.folder.of_epoch(self.epoch - 1, vars(self.args).get("checkpoint_freq"), self.args.epochs)
+        path = self.folder.of_epoch(self.epoch - 1, *map(vars(self.args).get, ("checkpoint_freq", "epochs")))
         if path and (again or not distributed.on_main(path.exists)):
             self.save(path)
 

@@ -32,6 +32,16 @@ def begin(images, exp, *flags, **options):
 # ------------------------------------------------------------------------------- in this process
 
 
+@pytest.fixture(autouse=True)
+def none_ignored():
+    """Also where the tests run in the background or under nohup, which let Ctrl-C and SIGHUP be ignored."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    default_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_is_raised_at_once_and_handlers_are_put_back(number):
     before = signal.getsignal(number)
