@@ -1,6 +1,6 @@
 """What does k-means at two levels cost over points, clusters, super-clusters and processes, and why?
 
-    python benchmarks/two_level.py                       # two cores: 1, 2 and 4 processes of one thread
+    python benchmarks/two_level.py                       # two cores: 1 and 2 processes of one thread
     python benchmarks/two_level.py --cores 8 --processes 1 2 4 8
 
 Measures DeeperCluster's clustering (`clustering.kmeans_two_level`) on points in memory, fits a formula to two
@@ -37,7 +37,7 @@ def get_parser() -> Parser:
     parser.add_argument("--super-clusters", type=at_least(1), nargs="+", default=[1, 2, 4], metavar="M")
     parser.add_argument("--width", type=at_least(1), default=128, help="numbers of a point")
     parser.add_argument("--niter", type=at_least(1), default=10, help="iterations, as the paper")
-    parser.add_argument("--processes", type=at_least(1), nargs="+", default=[1, 2, 4], metavar="W")
+    parser.add_argument("--processes", type=at_least(1), nargs="+", default=[1, 2], metavar="W")
     parser.add_argument("--cores", type=at_least(1), default=2, help="that the processes share")
     parser.add_argument("--rounds", type=at_least(1), default=2, help="the fastest of so many counts")
     return parser
