@@ -158,10 +158,12 @@ def main(args: argparse.Namespace) -> None:
         )
         random = RandomView(images, train_crop(args.image_size), then=turned)
         for epoch in run.epochs(args.epochs):
-            if epoch % args.reassignment == 0 and labels.epoch != epoch:
+            due = epoch % args.reassignment == 0 and labels.epoch != epoch
+            if due:
                 cluster = partial(clustering.kmeans_two_level, coarse=coarse, fine=fine, niter=args.niter)
                 relabel(run, net, plain, labels, cluster, args.dim_pca, rotations_only=coarse * fine == 1)
-                active = two_level.filled_super_clusters(labels.ids, fine)
+            active = two_level.filled_super_clusters(labels.ids, fine)
+            if due:
                 heads.make(
                     net.feature_dim, fine, len(active) * turns, run.batch, len(images), run.seed("sub", epoch)
                 )
@@ -169,7 +171,6 @@ def main(args: argparse.Namespace) -> None:
                     net.top_layer = new_top(run.seed("super", epoch)).to(run.device)
                     top = sgd(net.top_layer.parameters(), args.lr, MOMENTUM, args.wd)
                     run.keep(top=top)
-            active = two_level.filled_super_clusters(labels.ids, fine)
             seed = run.seed("sampling", epoch)
             draws = two_level.by_super_class(labels.ids, fine, active, turns, len(images), run.batch, seed)
             step_loss = partial(loss, labels, active, fine, turns, heads, hits, run.share)
