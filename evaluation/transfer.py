@@ -61,5 +61,4 @@ def what_trains(freeze: bool, head: str) -> str:
 
 def colours_of(net: Network) -> str:
     """Mean and std that net's images are normalised by, for the protocol: those of its checkpoint."""
-    mean, std = (" ".join(f"{value:g}" for value in part) for part in (net.inputs.mean, net.inputs.std))
-    return f"{mean}, {std}"
+    return ", ".join(net.inputs.colours())

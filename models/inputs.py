@@ -38,8 +38,12 @@ class Inputs:
         """One line: size and colours, and where they are from."""
         source = "as in the checkpoint" if self.recorded is not None else "the checkpoint does not tell"
         source = "--image-size" if asked else source
-        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        mean, std = self.colours()
         return f"images at {self.size(asked)} px ({source}), mean {mean}, std {std}"
+
+    def colours(self) -> tuple[str, str]:
+        """Mean and std in words."""
+        return tuple(" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
 
     def state_dict(self) -> dict[str, list[float]]:
         """Mean and std, for a checkpoint; the size stands among its settings."""
