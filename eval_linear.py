@@ -87,7 +87,7 @@ import torch
 
 import data
 from data import PlainView, RandomView, central_crop, probe_train_crop, ten_crops, train_crop
-from data.sampling import ShareSampler
+from data.sampling import ShareSampler, shuffled
 from evaluation import results
 from evaluation.probe import (
     CHUNK,
@@ -150,7 +150,7 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
         view = RandomView(train.images, TRAIN_CROPS[args.train_crop](args.image_size))
         schedules = schedules_of(args, rates, len(train))
         for epoch in run.epochs(args.epochs):
-            order = np.random.default_rng(run.seed("probe order", epoch)).permutation(len(train))
+            order = shuffled(len(train), run.seed("probe order", epoch))
             step_loss = partial(loss, run, train, train.targets, tally)
             run.train_pass(probes, optimizers, view, order, step_loss, schedule=schedules)
             splits = {"train": [train.trained(record) for record in tally.records()]}

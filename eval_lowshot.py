@@ -11,6 +11,7 @@ written down: after a kill the same command goes on.
 import argparse
 
 from commandline import OWN_SIZE, Parser, add_exp, add_image_size, add_machine, add_seed, at_least, positive
+from evaluation.flags import add_voc_split
 
 
 def get_parser() -> Parser:
@@ -32,12 +33,7 @@ def add_subject(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--vocdir", metavar="VOC", required=True, help="folder VOC2007, with ImageSets/Main and JPEGImages"
     )
-    group.add_argument(
-        "--split",
-        choices=("train", "trainval"),
-        default="trainval",
-        help="train: test on val; trainval: test on test, as published",
-    )
+    add_voc_split(group, "trainval")
     group.add_argument(
         "--model", required=True, metavar="PATH", help="checkpoint of the network, or random:ARCH"
     )

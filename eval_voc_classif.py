@@ -18,6 +18,7 @@ from commandline import (
     within,
     word,
 )
+from evaluation.flags import add_voc_split
 from evaluation.protocols import VOC, ProtocolParser, tell, voc_protocol
 
 SHOWN = VOC["deepcluster"]  # as the defaults, in the help
@@ -38,12 +39,7 @@ def add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--vocdir", metavar="VOC", required=True, help="folder VOC2007, with ImageSets/Main and JPEGImages"
     )
-    group.add_argument(
-        "--split",
-        choices=("train", "trainval"),
-        default="train",
-        help="train: test on val; trainval: test on test, as published",
-    )
+    add_voc_split(group, "train")
     group.add_argument(
         "--model",
         metavar="PATH",
@@ -141,7 +137,7 @@ from torch import nn
 
 import distributed
 from data import RandomView, Transform, make_loader, ten_crops, train_crop, voc_train_crop
-from data.sampling import ShareSampler
+from data.sampling import ShareSampler, shuffled
 from evaluation.results import report
 from evaluation.voc import (
     GlobalStatistics,
@@ -234,7 +230,7 @@ def train(run: Run, net: Network, split: VocSplit) -> None:
     view = RandomView(split.images, TRAIN_CROPS[args.train_crop](args.image_size))
     each = len(ShareSampler(np.arange(len(split)), args.batch))  # iterations of an epoch
     for epoch in run.epochs(-(-args.nit // each)):
-        order = np.random.default_rng(run.seed("voc order", epoch)).permutation(len(split))
+        order = shuffled(len(split), run.seed("voc order", epoch))
         left = args.nit - epoch * each
         run.train_pass(
             GlobalStatistics(net),

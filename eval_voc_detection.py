@@ -12,7 +12,7 @@ published figures are of another detector and recipe: compare networks with each
 import argparse
 
 from commandline import Parser, add_machine, add_run, at_least
-from evaluation.flags import add_transfer, add_transfer_training
+from evaluation.flags import add_transfer, add_transfer_training, add_voc_split
 
 
 def get_parser() -> Parser:
@@ -27,12 +27,7 @@ def get_parser() -> Parser:
 
 def add_protocol(group: argparse._ArgumentGroup) -> None:
     add_transfer(group, "ImageSets/Main, JPEGImages and Annotations, such as VOC2007")
-    group.add_argument(
-        "--split",
-        choices=("train", "trainval"),
-        default="trainval",
-        help="train: test on val; trainval: test on test, as published",
-    )
+    add_voc_split(group, "trainval")
     group.add_argument(
         "--head",
         choices=("fpn", "c4", "fc"),
@@ -87,7 +82,7 @@ import torch
 
 import distributed
 from data import PlainView, RandomView, fitted, make_loader, mirrored, to_input, whole_image
-from data.sampling import ShareSampler
+from data.sampling import ShareSampler, shuffled
 from evaluation.detection import Detections, average_precisions
 from evaluation.detector import Boxes, Detector, usual_head
 from evaluation.objects import ObjectSplit, check, open_objects
@@ -151,7 +146,7 @@ def train(run: Run, detector: Detector, split: ObjectSplit) -> None:
     view = RandomView(split.images, whole_image(args.image_size, args.max_size), then=mirrored)
     step_loss = partial(loss, split, (args.image_size, args.max_size))
     for epoch in run.epochs(args.epochs):
-        order = np.random.default_rng(run.seed("detection order", epoch)).permutation(len(split))
+        order = shuffled(len(split), run.seed("detection order", epoch))
         flips = np.random.default_rng(run.seed("detection flips", epoch)).integers(0, 2, len(split))
         draws = np.stack([order, flips[order]], 1)
         run.train_pass(detector, [optimizer], view, draws, step_loss, schedule=schedule)

@@ -52,7 +52,7 @@ from data import (
     segmentation_side,
     to_input,
 )
-from data.sampling import ShareSampler
+from data.sampling import ShareSampler, shuffled
 from evaluation.results import read, report
 from evaluation.segmentation import (
     CLASSES,
@@ -112,7 +112,7 @@ def train(run: Run, segmenter: Segmenter, images: MaskedImages) -> None:
     schedule = polynomial(args.lr, args.epochs * each)
     view = RandomView(images, masked_crop(args.image_size))
     for epoch in run.epochs(args.epochs):
-        order = np.random.default_rng(run.seed("segmentation order", epoch)).permutation(len(images))
+        order = shuffled(len(images), run.seed("segmentation order", epoch))
         run.train_pass(segmenter, [optimizer], view, order, loss, schedule=schedule)
         run.finish_epoch()
 

@@ -28,6 +28,16 @@ def add_bootstrap(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_voc_split(group: argparse._ActionsContainer, default: str) -> None:
+    """--split of VOC 2007, for those that test on the other part of it."""
+    group.add_argument(
+        "--split",
+        choices=("train", "trainval"),
+        default=default,
+        help="train: test on val; trainval: test on test, as published",
+    )
+
+
 def add_transfer(group: argparse._ArgumentGroup, folders: str) -> None:
     """Of detection and segmentation: --vocdir with these folders, --model, what trains."""
     group.add_argument("--vocdir", metavar="VOC", required=True, help=f"folder with {folders}")
